@@ -1,0 +1,194 @@
+-- Claim: what a worker takes, in a short transaction of its own.
+
+-- The best candidate of each handler and kind of work that is not paused.
+-- Cost: a few index probes per handler, whatever the number of batches.
+CREATE FUNCTION redrive._candidates(p_as_of timestamptz)
+RETURNS TABLE (handler_id int, owner oid, work text, priority int, due timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT h.handler_id, h.owner::oid, w.work, w.priority, w.due
+    FROM redrive.handlers AS h
+    CROSS JOIN LATERAL (
+        (SELECT 'orphan', 2147483647, c.claimed_at
+         FROM redrive.chunks AS c
+         JOIN redrive.batches AS b ON b.batch_id = c.batch_id
+         WHERE c.handler_id = h.handler_id AND c.state = 'orphaned' AND b.state IN ('running', 'retrying')
+         LIMIT 1)
+        UNION ALL
+        (SELECT 'first', b.priority, b.serve_after
+         FROM redrive.batches AS b
+         WHERE b.handler_id = h.handler_id AND b.claimable AND b.serve_after <= p_as_of
+         ORDER BY b.priority DESC, b.serve_after
+         LIMIT 1)
+        UNION ALL
+        (SELECT 'retry', b.priority, b.next_retry_at
+         FROM redrive.batches AS b
+         WHERE b.handler_id = h.handler_id AND b.next_retry_at <= p_as_of AND b.state IN ('running', 'retrying')
+         ORDER BY b.next_retry_at
+         LIMIT 1)
+        UNION ALL
+        (SELECT 'callback', 2147483647, k.next_attempt_at
+         FROM redrive.callbacks AS k
+         WHERE k.handler_id = h.handler_id AND k.next_attempt_at <= p_as_of
+         LIMIT 1)
+    ) AS w (work, priority, due)
+    WHERE h.kind = 'row' AND NOT h.paused
+      AND (h.max_workers IS NULL OR w.work = 'callback'
+           OR h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running'))
+$$;
+
+-- When the next work that is not due yet becomes due.
+CREATE FUNCTION redrive._next_due(p_as_of timestamptz) RETURNS timestamptz
+LANGUAGE sql STABLE AS $$
+    SELECT least(
+        (SELECT min(b.serve_after) FROM redrive.batches AS b WHERE b.claimable AND b.serve_after > p_as_of),
+        (SELECT min(w.due)
+         FROM redrive.handlers AS h
+         CROSS JOIN LATERAL (
+            (SELECT b.next_retry_at AS due
+             FROM redrive.batches AS b
+             WHERE b.handler_id = h.handler_id AND b.next_retry_at > p_as_of
+             ORDER BY b.next_retry_at
+             LIMIT 1)
+            UNION ALL
+            (SELECT k.next_attempt_at
+             FROM redrive.callbacks AS k
+             WHERE k.handler_id = h.handler_id AND k.next_attempt_at > p_as_of
+             ORDER BY k.next_attempt_at
+             LIMIT 1)) AS w
+         WHERE NOT h.paused))
+$$;
+
+-- Take one chunk for a worker of p_owner: an orphaned one first, else by
+-- priority, then the work that has been due longest.  Returns no row when
+-- there is nothing to do.  The batch row is locked to the end of the caller's
+-- (short) transaction; batches that another session has locked are skipped.
+-- p_workers: how many workers may share a batch, so that none takes all of it.
+CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int)
+RETURNS TABLE (
+    chunk_id bigint, batch_id bigint, handler_id int, part smallint, run_no int, kind redrive.chunk_kind,
+    done_to bigint, to_no bigint, items bigint, lease_token bigint, rescue_count int, keyed boolean, more boolean)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    cand record;
+    h redrive.handlers;
+    b redrive.batches;
+    c redrive.chunks;
+    n bigint;
+    v_chunk_id bigint;
+    v_from bigint;
+    v_to bigint;
+BEGIN
+    FOR cand IN
+        SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
+        WHERE x.owner = p_owner AND x.work <> 'callback'
+        ORDER BY x.priority DESC, x.due
+    LOOP
+        SELECT * INTO h FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id;
+        IF h.max_workers IS NOT NULL THEN
+            PERFORM FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id FOR NO KEY UPDATE;
+            CONTINUE WHEN h.max_workers <= (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running');
+        END IF;
+
+        IF cand.work = 'orphan' THEN
+            SELECT r.* INTO c
+            FROM redrive.chunks AS r
+            JOIN redrive.batches AS s ON s.batch_id = r.batch_id
+            WHERE r.handler_id = cand.handler_id AND r.state = 'orphaned' AND s.state IN ('running', 'retrying')
+            ORDER BY r.chunk_id
+            LIMIT 1
+            FOR UPDATE OF r SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND;
+            SELECT * INTO b FROM redrive.batches AS s WHERE s.batch_id = c.batch_id;
+            n := redrive._chunk_size(b, p_workers, c.to_no - c.done_to);
+            IF c.kind = 'first' AND c.to_no - c.done_to > 2 * n THEN
+                -- too much for one worker: keep a part, leave the rest
+                INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, claimed_at, progress_at)
+                VALUES (c.batch_id, c.handler_id, c.part, c.run_no, 'first', 'orphaned', c.done_to + n + 1, c.to_no, c.done_to + n, c.to_no - c.done_to - n, c.claimed_at, c.progress_at);
+                c.items := c.items - (c.to_no - c.done_to - n);
+                c.to_no := c.done_to + n;
+            END IF;
+            UPDATE redrive.chunks AS r
+            SET state = 'running', lease_token = nextval('redrive.lease_tokens'), worker_pid = p_pid, worker_started_at = p_started_at,
+                to_no = c.to_no, items = c.items, claimed_at = v_now, progress_at = v_now
+            WHERE r.chunk_id = c.chunk_id
+            RETURNING r.* INTO c;
+            RETURN QUERY SELECT c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
+                c.done_to, c.to_no, c.items - c.done, c.lease_token, c.rescue_count, b.keyed, true;
+            RETURN;
+        END IF;
+
+        IF cand.work = 'first' THEN
+            SELECT * INTO b
+            FROM redrive.batches AS s
+            WHERE s.handler_id = cand.handler_id AND s.claimable AND s.serve_after <= v_now
+            ORDER BY s.priority DESC, s.serve_after
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND;
+            n := redrive._chunk_size(b, p_workers, b.total - b.claimed_to);
+            v_from := b.claimed_to + 1;
+            v_to := b.claimed_to + n;
+            INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
+                lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
+            VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', v_from, v_to, v_from - 1, n,
+                nextval('redrive.lease_tokens'), p_pid, p_started_at, v_now, v_now)
+            RETURNING * INTO c;
+            UPDATE redrive.batches AS s
+            SET state = 'running', claimed_to = v_to, serve_after = v_now, last_progress_at = v_now,
+                started_at = coalesce(s.started_at, v_now)
+            WHERE s.batch_id = b.batch_id;
+        ELSE
+            SELECT * INTO b
+            FROM redrive.batches AS s
+            WHERE s.handler_id = cand.handler_id AND s.next_retry_at <= v_now AND s.state IN ('running', 'retrying')
+            ORDER BY s.next_retry_at
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND;
+            v_chunk_id := nextval(pg_get_serial_sequence('redrive.chunks', 'chunk_id'));
+            WITH due AS (
+                SELECT f.item_no
+                FROM redrive.failures AS f
+                WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting' AND f.next_attempt_at <= v_now
+                ORDER BY f.next_attempt_at
+                LIMIT least(20000, greatest(1, redrive._chunk_size(b, p_workers, 1000000000)))
+                FOR UPDATE
+            ), taken AS (
+                UPDATE redrive.failures AS f
+                SET state = 'running', chunk_id = v_chunk_id, next_attempt_at = NULL
+                FROM due
+                WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = due.item_no
+                RETURNING f.item_no
+            )
+            SELECT count(*), min(item_no), max(item_no) INTO n, v_from, v_to FROM taken;
+            UPDATE redrive.batches AS s
+            SET next_retry_at = (SELECT min(f.next_attempt_at) FROM redrive.failures AS f
+                                 WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'),
+                last_progress_at = v_now
+            WHERE s.batch_id = b.batch_id;
+            CONTINUE WHEN n = 0;
+            INSERT INTO redrive.chunks (chunk_id, batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, waiting,
+                lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
+            OVERRIDING SYSTEM VALUE
+            VALUES (v_chunk_id, b.batch_id, b.handler_id, b.part, b.run_no, 'retry', 'running', v_from, v_to, v_from - 1, n, -n,
+                nextval('redrive.lease_tokens'), p_pid, p_started_at, v_now, v_now)
+            RETURNING * INTO c;
+        END IF;
+        RETURN QUERY SELECT c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
+            c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed,
+            CASE cand.work WHEN 'first' THEN v_to < b.total ELSE n >= 1000 END;
+        RETURN;
+    END LOOP;
+END
+$$;
+
+-- How many items a chunk gets: about two seconds of work at the measured rate,
+-- and no more than half of an even share, so that workers end together.
+CREATE FUNCTION redrive._chunk_size(b redrive.batches, p_workers int, p_left bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT greatest(1, least(
+        p_left,
+        greatest(ceil(least(2 * coalesce(b.items_per_second, 50), 100000)), 1)::bigint,
+        greatest(ceil(p_left / (2.0 * greatest(p_workers, 1))), ceil(least(0.1 * coalesce(b.items_per_second, 50), 10000)))::bigint))
+$$;

@@ -1,0 +1,163 @@
+-- Record and finish.  A worker's own statements (fence, counters, failures)
+-- are in src/flow/record.c; here is what happens to a batch when one of its
+-- chunks has ended.
+
+-- Add the ended chunks of a batch to its counters and, when nothing is left,
+-- move it on.  In a transaction of its own after the chunk's commit, so that
+-- under READ COMMITTED the last of several workers sees everything; repeated
+-- by the stale pass if a crash swallowed it.
+CREATE FUNCTION redrive._fold(p_batch_id bigint) RETURNS redrive.batch_state
+LANGUAGE plpgsql AS $$
+DECLARE
+    b redrive.batches;
+    h redrive.handlers;
+    s record;
+    v_live boolean;
+BEGIN
+    SELECT * INTO b FROM redrive.batches WHERE batch_id = p_batch_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    WITH ended AS (
+        UPDATE redrive.chunks
+        SET folded = true
+        WHERE batch_id = p_batch_id AND NOT folded AND state = 'done'
+        RETURNING succeeded, ignored, failed, cancelled, waiting, done, finished_at, claimed_at
+    )
+    SELECT count(*) AS chunks, coalesce(sum(succeeded), 0) AS succeeded, coalesce(sum(ignored), 0) AS ignored,
+        coalesce(sum(failed), 0) AS failed, coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(waiting), 0) AS waiting,
+        sum(done) FILTER (WHERE finished_at > claimed_at) / nullif(extract(epoch FROM sum(finished_at - claimed_at)), 0) AS rate
+    INTO s FROM ended;
+    IF s.chunks > 0 THEN
+        UPDATE redrive.batches
+        SET succeeded = succeeded + s.succeeded, ignored = ignored + s.ignored, failed = failed + s.failed,
+            cancelled = cancelled + s.cancelled, waiting = waiting + s.waiting,
+            items_per_second = CASE WHEN s.rate > 0 THEN coalesce((items_per_second + s.rate) / 2, s.rate) ELSE items_per_second END,
+            last_progress_at = clock_timestamp()
+        WHERE batch_id = p_batch_id
+        RETURNING * INTO b;
+    END IF;
+
+    v_live := b.claimed_to < b.total OR EXISTS (SELECT FROM redrive.chunks WHERE batch_id = p_batch_id AND NOT folded);
+    SELECT * INTO h FROM redrive.handlers WHERE handler_id = b.handler_id;
+    IF b.state IN ('running', 'retrying') AND (b.waiting > 0 OR v_live) AND b.failed > h.tolerated_failures THEN
+        PERFORM redrive._pause(b, format('%s items failed, %s are tolerated', b.failed, h.tolerated_failures));
+        RETURN 'paused';
+    END IF;
+    IF v_live THEN
+        RETURN b.state;
+    END IF;
+    IF b.state = 'cancelled' AND b.finished_at IS NULL THEN
+        UPDATE redrive.batches SET finished_at = clock_timestamp() WHERE batch_id = p_batch_id;
+    ELSIF b.state = 'running' AND b.waiting > 0 THEN
+        UPDATE redrive.batches
+        SET state = 'retrying', attempted_at = clock_timestamp()
+        WHERE batch_id = p_batch_id
+        RETURNING * INTO b;
+    ELSIF b.state IN ('running', 'retrying') AND b.waiting = 0 THEN
+        UPDATE redrive.batches
+        SET state = 'finished', finished_at = clock_timestamp(), attempted_at = coalesce(attempted_at, clock_timestamp()),
+            next_retry_at = NULL, oldest_failure_at = NULL
+        WHERE batch_id = p_batch_id
+        RETURNING * INTO b;
+        IF h.on_finish IS NOT NULL THEN
+            INSERT INTO redrive.callbacks (handler_id, batch_id, kind, run_no, next_attempt_at)
+            VALUES (b.handler_id, b.batch_id, 'on_finish', b.run_no, clock_timestamp());
+            PERFORM redrive._wake(h.owner);
+        END IF;
+    END IF;
+    RETURN b.state;
+END
+$$;
+
+-- Pause a live batch; the caller holds its row lock or does not care who wins.
+CREATE FUNCTION redrive._pause(b redrive.batches, p_reason text) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE redrive.batches
+    SET state = 'paused', pause_reason = p_reason
+    WHERE batch_id = b.batch_id AND state IN ('ready', 'running', 'retrying')
+$$;
+
+-- Give a claim back.  The chunk of a paused or live batch becomes orphaned, to
+-- be taken by the next worker; what is left of a cancelled batch's chunk is
+-- counted as cancelled.  p_lost: the worker is gone (counted as a rescue).
+CREATE FUNCTION redrive._give_back(p_chunk_id bigint, p_lease_token bigint, p_lost boolean) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    c redrive.chunks;
+    b redrive.batches;
+    v_left bigint;
+    v_owner oid;
+BEGIN
+    -- batch first, then chunk: the order every statement here keeps
+    SELECT s.* INTO b FROM redrive.batches AS s JOIN redrive.chunks AS r ON r.batch_id = s.batch_id
+    WHERE r.chunk_id = p_chunk_id FOR UPDATE OF s;
+    SELECT * INTO c FROM redrive.chunks
+    WHERE chunk_id = p_chunk_id AND state = 'running' AND lease_token = p_lease_token FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = c.handler_id;
+    v_left := c.items - c.done;
+    IF b.state = 'cancelled' THEN
+        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no, CASE WHEN c.kind = 'retry' THEN c.chunk_id END);
+        IF c.kind = 'retry' THEN
+            UPDATE redrive.failures SET state = 'cancelled', chunk_id = NULL
+            WHERE part = c.part AND batch_id = c.batch_id AND chunk_id = p_chunk_id AND state = 'running';
+        END IF;
+        UPDATE redrive.chunks
+        SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp(),
+            cancelled = cancelled + v_left, items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
+        WHERE chunk_id = p_chunk_id;
+        PERFORM redrive._fold(c.batch_id);
+    ELSIF v_left = 0 THEN
+        UPDATE redrive.chunks
+        SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp()
+        WHERE chunk_id = p_chunk_id;
+        PERFORM redrive._fold(c.batch_id);
+    ELSE
+        UPDATE redrive.chunks
+        SET state = 'orphaned', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL,
+            rescue_count = rescue_count + p_lost::int
+        WHERE chunk_id = p_chunk_id;
+        IF p_lost AND c.rescue_count + 1 >= 10 THEN
+            PERFORM redrive._pause(b, format('chunk %s lost its worker %s times', c.chunk_id, c.rescue_count + 1));
+        END IF;
+    END IF;
+    PERFORM redrive._wake(v_owner);
+    RETURN true;
+END
+$$;
+
+-- Unlock the keys of a range of items that became final where no user code may
+-- run; on_unlock is left to an executor of the owner.  p_chunk_id restricts it
+-- to the items of a retry chunk.
+CREATE FUNCTION redrive._unlock_range(b redrive.batches, p_from bigint, p_to bigint, p_chunk_id bigint) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_on_unlock text;
+    v_count bigint;
+BEGIN
+    IF NOT b.keyed OR p_from > p_to THEN
+        RETURN 0;
+    END IF;
+    SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
+    WITH freed AS (
+        DELETE FROM redrive.locks AS l
+        USING redrive.items AS i
+        WHERE i.part = b.part AND i.batch_id = b.batch_id AND i.item_no BETWEEN p_from AND p_to AND i.key IS NOT NULL
+          AND l.handler_id = b.handler_id AND l.key = i.key AND l.batch_id = b.batch_id AND l.item_no = i.item_no
+          AND (p_chunk_id IS NULL OR EXISTS (
+                SELECT FROM redrive.failures AS f
+                WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = i.item_no AND f.chunk_id = p_chunk_id))
+        RETURNING l.key
+    ), later AS (
+        INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, next_attempt_at)
+        SELECT b.handler_id, b.batch_id, 'on_unlock', freed.key, b.run_no, clock_timestamp()
+        FROM freed
+        WHERE v_on_unlock IS NOT NULL
+    )
+    SELECT count(*) INTO v_count FROM freed;
+    RETURN v_count;
+END
+$$;

@@ -1,0 +1,211 @@
+-- Control: pause, resume, cancel, redrive, wait.
+
+CREATE FUNCTION redrive._pause_batch(p_caller oid, p_batch_id bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
+BEGIN
+    IF b.state NOT IN ('ready', 'running', 'retrying') THEN
+        RAISE EXCEPTION 'batch % cannot be paused', p_batch_id USING ERRCODE = '55000',
+            DETAIL = format('Its state is "%s".', b.state), HINT = 'Only a ready, running or retrying batch can be paused.';
+    END IF;
+    PERFORM redrive._pause(b, format('paused by %s', p_caller::regrole));
+END
+$$;
+
+CREATE FUNCTION redrive.pause_batch(batch_id bigint) RETURNS void
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
+COMMENT ON FUNCTION redrive.pause_batch IS
+'Stop a batch after the running commit interval of each worker. Errors: 42704 unknown batch, 42501 not yours, 55000 not live.';
+
+CREATE FUNCTION redrive._resume_batch(p_caller oid, p_batch_id bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
+    v_owner oid;
+BEGIN
+    IF b.state <> 'paused' THEN
+        RAISE EXCEPTION 'batch % is not paused', p_batch_id USING ERRCODE = '55000',
+            DETAIL = format('Its state is "%s".', b.state), HINT = 'Only a paused batch can be resumed.';
+    END IF;
+    UPDATE redrive.batches
+    SET pause_reason = NULL, last_progress_at = clock_timestamp(),
+        state = CASE WHEN started_at IS NULL THEN 'ready'
+                     WHEN attempted_at IS NOT NULL AND claimed_to = total THEN 'retrying'
+                     ELSE 'running' END::redrive.batch_state
+    WHERE batch_id = p_batch_id;
+    PERFORM redrive._fold(p_batch_id);
+    SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
+    PERFORM redrive._wake(v_owner);
+END
+$$;
+
+CREATE FUNCTION redrive.resume_batch(batch_id bigint) RETURNS void
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
+COMMENT ON FUNCTION redrive.resume_batch IS
+'Let a paused batch go on, whether a user, a rule with action pause or tolerated_failures stopped it. Errors: 42704 unknown batch, 42501 not yours, 55000 not paused.';
+
+-- Everything that no worker holds is cancelled at once; a worker in a chunk
+-- ends its interval, sees the state and gives the rest back as cancelled.
+CREATE FUNCTION redrive._cancel(b redrive.batches) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_pending bigint := b.total - b.claimed_to;
+    v_waiting bigint;
+    v_left bigint;
+    c redrive.chunks;
+BEGIN
+    UPDATE redrive.batches
+    SET state = 'cancelled', pause_reason = NULL, claimed_to = total, cancelled = cancelled + v_pending, next_retry_at = NULL,
+        oldest_failure_at = NULL
+    WHERE batch_id = b.batch_id;
+    PERFORM redrive._unlock_range(b, b.claimed_to + 1, b.total, NULL);
+    FOR c IN
+        SELECT * FROM redrive.chunks WHERE batch_id = b.batch_id AND state = 'orphaned' FOR UPDATE
+    LOOP
+        v_left := c.items - c.done;
+        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no, CASE WHEN c.kind = 'retry' THEN c.chunk_id END);
+        UPDATE redrive.failures SET state = 'cancelled', chunk_id = NULL
+        WHERE part = c.part AND batch_id = c.batch_id AND chunk_id = c.chunk_id AND state = 'running';
+        UPDATE redrive.chunks
+        SET state = 'done', finished_at = clock_timestamp(), cancelled = cancelled + v_left,
+            items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
+        WHERE chunk_id = c.chunk_id;
+    END LOOP;
+    v_waiting := redrive._end_waiting(b, 'cancelled', NULL, NULL);
+    UPDATE redrive.batches SET cancelled = cancelled + v_waiting, waiting = waiting - v_waiting WHERE batch_id = b.batch_id;
+    PERFORM redrive._fold(b.batch_id);
+END
+$$;
+
+-- Make waiting failures final and unlock their keys; return how many.
+CREATE FUNCTION redrive._end_waiting(b redrive.batches, p_state redrive.failure_state, p_reason redrive.fail_reason, p_before timestamptz) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_on_unlock text;
+    v_count bigint;
+BEGIN
+    SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
+    WITH ended AS (
+        UPDATE redrive.failures AS f
+        SET state = p_state, reason = p_reason, next_attempt_at = NULL
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'
+          AND (p_before IS NULL OR f.first_failed_at < p_before)
+        RETURNING f.item_no, f.key
+    ), freed AS (
+        DELETE FROM redrive.locks AS l
+        USING ended
+        WHERE l.handler_id = b.handler_id AND l.key = ended.key AND l.batch_id = b.batch_id AND l.item_no = ended.item_no
+        RETURNING l.key
+    ), later AS (
+        INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, next_attempt_at)
+        SELECT b.handler_id, b.batch_id, 'on_unlock', freed.key, b.run_no, clock_timestamp()
+        FROM freed
+        WHERE v_on_unlock IS NOT NULL
+    )
+    SELECT count(*) INTO v_count FROM ended;
+    RETURN v_count;
+END
+$$;
+
+CREATE FUNCTION redrive._cancel_batch(p_caller oid, p_batch_id bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
+BEGIN
+    IF b.state IN ('finished', 'cancelled') THEN
+        RAISE EXCEPTION 'batch % cannot be cancelled', p_batch_id USING ERRCODE = '55000',
+            DETAIL = format('Its state is "%s".', b.state), HINT = 'Only a live batch can be cancelled.';
+    END IF;
+    PERFORM redrive._cancel(b);
+    PERFORM redrive._wake(owner) FROM redrive.handlers WHERE handler_id = b.handler_id;
+END
+$$;
+
+CREATE FUNCTION redrive.cancel_batch(batch_id bigint) RETURNS void
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
+COMMENT ON FUNCTION redrive.cancel_batch IS
+'Cancel a live batch: finished work stays, items that run end their commit interval, the others are not run; keys are unlocked. Errors: 42704 unknown batch, 42501 not yours, 55000 not live.';
+
+CREATE FUNCTION redrive._redrive(p_caller oid, p_batch_id bigint, p_fingerprint text, p_error_class text, p_item_nos bigint[]) RETURNS int
+LANGUAGE plpgsql AS $$
+DECLARE
+    b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
+    v_now timestamptz := clock_timestamp();
+    v_count bigint;
+    v_key record;
+    v_owner oid;
+BEGIN
+    IF b.state NOT IN ('finished', 'running', 'retrying') THEN
+        RAISE EXCEPTION 'batch % cannot be redriven', p_batch_id USING ERRCODE = '55000',
+            DETAIL = format('Its state is "%s".', b.state), HINT = 'Resume a paused batch first; a cancelled one stays cancelled.';
+    END IF;
+    -- The key of a failed item was unlocked: take it again, unless another batch has it now.
+    WITH again AS (
+        SELECT f.item_no, f.key
+        FROM redrive.failures AS f
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed' AND f.key IS NOT NULL
+          AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
+          AND (p_error_class IS NULL OR f.error_class = p_error_class)
+          AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
+        ORDER BY f.key
+    )
+    INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)
+    SELECT b.handler_id, again.key, b.batch_id, again.item_no FROM again
+    ON CONFLICT DO NOTHING;
+    SELECT l.key, l.batch_id INTO v_key
+    FROM redrive.failures AS f
+    JOIN redrive.locks AS l ON l.handler_id = b.handler_id AND l.key = f.key
+    WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed'
+      AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
+      AND (p_error_class IS NULL OR f.error_class = p_error_class)
+      AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
+      AND (l.batch_id, l.item_no) IS DISTINCT FROM (f.batch_id, f.item_no)
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'key "%" is locked', v_key.key USING ERRCODE = '55P03',
+            DETAIL = format('Batch %s holds it.', v_key.batch_id),
+            HINT = 'Wait for that batch, or redrive other items by item_nos.';
+    END IF;
+
+    WITH armed AS (
+        UPDATE redrive.failures AS f
+        SET state = 'waiting', reason = NULL, retry_count = 0, free_count = attempts, run_no = b.run_no + 1,
+            first_failed_at = v_now, next_attempt_at = v_now
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed'
+          AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
+          AND (p_error_class IS NULL OR f.error_class = p_error_class)
+          AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
+        RETURNING 1
+    )
+    SELECT count(*) INTO v_count FROM armed;
+    IF v_count = 0 THEN
+        RAISE EXCEPTION 'batch % has no failed items to redrive', p_batch_id USING ERRCODE = '55000',
+            DETAIL = format('Its state is "%s", %s items failed.', b.state, b.failed),
+            HINT = 'See redrive.failed_items for what can be redriven.';
+    END IF;
+    UPDATE redrive.batches
+    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, waiting = waiting + v_count,
+        next_retry_at = v_now, oldest_failure_at = least(oldest_failure_at, v_now), finished_at = NULL, attempted_at = NULL,
+        last_progress_at = v_now
+    WHERE batch_id = p_batch_id;
+    SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
+    PERFORM redrive._wake(v_owner);
+    RETURN b.run_no + 1;
+END
+$$;
+
+CREATE FUNCTION redrive.redrive(batch_id bigint, fingerprint text DEFAULT NULL, error_class text DEFAULT NULL, item_nos bigint[] DEFAULT NULL) RETURNS int
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
+COMMENT ON FUNCTION redrive.redrive IS
+'Run the failed items of a batch again, all of them or those of one fingerprint, error class or list of items, with a fresh retry budget; return the number of the new run. Their keys are locked again. Errors: 42704 unknown batch, 42501 not yours, 55000 nothing to redrive, 55P03 key held by another batch.';
+
+CREATE PROCEDURE redrive.wait(batch_id bigint, timeout interval DEFAULT NULL, INOUT state redrive.batch_state DEFAULT NULL)
+LANGUAGE c AS 'MODULE_PATHNAME', 'redrive_wait';
+COMMENT ON PROCEDURE redrive.wait IS
+'Wait until a batch is finished, cancelled or paused, or until the timeout; state tells which. Holds no snapshot while it waits, so it cannot be called in a transaction block. Errors: 42704 unknown batch, 42501 not yours, 55000 when no workers can run it.';
+
+CREATE PROCEDURE redrive.work(max_time interval DEFAULT NULL, until_idle boolean DEFAULT true)
+LANGUAGE c AS 'MODULE_PATHNAME', 'redrive_work';
+COMMENT ON PROCEDURE redrive.work IS
+'Run batches of the handlers that the caller owns in this session, with the same engine as the workers: until nothing is due (until_idle), or for max_time. Commits as it goes, so it cannot be called in a transaction block.';

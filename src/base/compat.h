@@ -1,0 +1,56 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *	  Differences between the supported server versions.
+ *
+ * Every PG_VERSION_NUM test of the code base is here.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_COMPAT_H
+#define REDRIVE_COMPAT_H
+
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "storage/proc.h"
+#include "utils/acl.h"
+
+#if PG_VERSION_NUM >= 170000
+/* a NOLOGIN role may own handlers */
+#define REDRIVE_OWNER_CONNECTION_FLAGS	BGWORKER_BYPASS_ROLELOGINCHECK
+#define REDRIVE_OWNER_NEEDS_LOGIN		false
+#else
+#define REDRIVE_OWNER_CONNECTION_FLAGS	0
+#define REDRIVE_OWNER_NEEDS_LOGIN		true
+#endif
+
+#if PG_VERSION_NUM >= 170000
+#include "utils/wait_event.h"
+#define redrive_wait_event(name)	WaitEventExtensionNew(name)
+#else
+#define redrive_wait_event(name)	PG_WAIT_EXTENSION
+#endif
+
+#if PG_VERSION_NUM >= 180000
+#define REDRIVE_MODULE_MAGIC	PG_MODULE_MAGIC_EXT(.name = "pg_redrive", .version = REDRIVE_VERSION)
+#else
+#define REDRIVE_MODULE_MAGIC	PG_MODULE_MAGIC
+#endif
+
+#if PG_VERSION_NUM >= 160000
+#include "catalog/pg_proc.h"
+#define redrive_may_execute(funcid, role) \
+	(object_aclcheck(ProcedureRelationId, (funcid), (role), ACL_EXECUTE) == ACLCHECK_OK)
+#else
+#define redrive_may_execute(funcid, role) \
+	(pg_proc_aclcheck((funcid), (role), ACL_EXECUTE) == ACLCHECK_OK)
+#endif
+
+#if PG_VERSION_NUM >= 160000
+#define redrive_name_list(text)		stringToQualifiedNameList((text), NULL)
+#else
+#define redrive_name_list(text)		stringToQualifiedNameList((text))
+#endif
+
+#endif							/* REDRIVE_COMPAT_H */

@@ -1,0 +1,72 @@
+/*-------------------------------------------------------------------------
+ *
+ * guc.c
+ *	  Settings of pg_redrive, in alphabetical order.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <limits.h>
+
+#include "utils/guc.h"
+
+#include "base/guc.h"
+
+/* Should batches run at all in this cluster? */
+bool		redrive_enabled = true;
+
+/* How many databases of the cluster may use pg_redrive at once? */
+int			redrive_max_databases = 16;
+
+/* How many executors may run at once in the cluster? */
+int			redrive_max_workers = 4;
+
+/* How long may one scheduled pass take? */
+int			redrive_pass_time_budget = 20;
+
+/* When does an executor without work go away? */
+int			redrive_worker_idle_timeout = 60000;
+
+/*
+ * Define all settings.
+ *
+ * max_databases sizes shared memory and so exists only when preloading;
+ * called once per process from _PG_init.
+ */
+void
+redrive_define_settings(bool preloading)
+{
+	DefineCustomBoolVariable("redrive.enabled",
+							 "Runs batches in this cluster.",
+							 "When off, executors stop after their commit interval and passes do nothing.",
+							 &redrive_enabled, true,
+							 PGC_SIGHUP, 0, NULL, NULL, NULL);
+
+	if (preloading)
+		DefineCustomIntVariable("redrive.max_databases",
+								"Sets the number of databases that can have workers.",
+								NULL,
+								&redrive_max_databases, 16, 1, 1000,
+								PGC_POSTMASTER, 0, NULL, NULL, NULL);
+
+	DefineCustomIntVariable("redrive.max_workers",
+							"Sets the number of executors in the cluster.",
+							"0 means none. Each takes one of max_worker_processes.",
+							&redrive_max_workers, 4, 0, 128,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
+
+	DefineCustomIntVariable("redrive.pass_time_budget",
+							"Sets the time after which a scheduled pass leaves the rest to the next one.",
+							NULL,
+							&redrive_pass_time_budget, 20, 1, 3600,
+							PGC_USERSET, GUC_UNIT_S, NULL, NULL, NULL);
+
+	DefineCustomIntVariable("redrive.worker_idle_timeout",
+							"Sets the time after which an executor without work exits.",
+							NULL,
+							&redrive_worker_idle_timeout, 60000, 0, INT_MAX,
+							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+
+	MarkGUCPrefixReserved("redrive");
+}

@@ -1,0 +1,88 @@
+/*-------------------------------------------------------------------------
+ *
+ * shmem.h
+ *	  What processes know of each other: databases and worker slots.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_SHMEM_H
+#define REDRIVE_SHMEM_H
+
+#include "datatype/timestamp.h"
+#include "storage/condition_variable.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+
+#define REDRIVE_MAX_SLOTS 256
+
+typedef enum SlotState
+{
+	SLOT_FREE,					/* -> STARTING, or CLAIMING in the foreground */
+	SLOT_STARTING,				/* registered, process not there yet -> CLAIMING, FREE */
+	SLOT_CLAIMING,				/* looks for work -> RUNNING, CALLBACKS, IDLE, FREE */
+	SLOT_RUNNING,				/* in a chunk -> CLAIMING, FREE */
+	SLOT_CALLBACKS,				/* runs callbacks -> CLAIMING, FREE */
+	SLOT_IDLE					/* waits for its latch -> CLAIMING, FREE */
+} SlotState;
+
+/*
+ * A worker.  Plain data: written by its process alone after the start, read
+ * by others without a lock where a torn set of values does no harm (views).
+ */
+typedef struct RedriveSlot
+{
+	SlotState	state;
+	bool		foreground;		/* CALL redrive.work(), not an executor */
+	bool		leave;			/* asked to exit: another role needs the place */
+	bool		clean_exit;		/* the process ended as it should */
+	uint32		generation;		/* +1 each time the slot is taken */
+	pid_t		pid;
+	Latch	   *latch;
+	Oid			database;
+	Oid			owner;			/* role it is connected as */
+	TimestampTz started_at;
+	int32		handler_id;
+	int64		batch_id;
+	int64		chunk_id;
+	TimestampTz claimed_at;
+	double		items_per_second;	/* of the running chunk */
+	int64		open_succeeded; /* in the commit interval that is open */
+	int64		open_failed;
+	int64		item_no;		/* being executed, 0 = none */
+	TimestampTz item_started_at;
+} RedriveSlot;
+
+/* A database that may have the extension. */
+typedef struct RedriveDatabase
+{
+	Oid			database;		/* InvalidOid = free entry */
+	bool		present;		/* last seen with the extension */
+	bool		probe;			/* the launcher shall (re)start a supervisor */
+	bool		starved;		/* a role has work but no executor could be had */
+	pid_t		pid;			/* of the supervisor, 0 = none */
+	Latch	   *latch;
+	TimestampTz retry_at;		/* not before this time, after an error */
+	int			errors;			/* supervisors in a row that ended in one */
+} RedriveDatabase;
+
+typedef struct RedriveShared
+{
+	LWLock	   *lock;			/* protects everything below but slot details */
+	pid_t		launcher_pid;
+	Latch	   *launcher_latch;
+	bool		rescan;			/* databases came or went */
+	ConditionVariable batch_ended;	/* for redrive.wait() */
+	RedriveSlot slots[REDRIVE_MAX_SLOTS];
+	RedriveDatabase databases[FLEXIBLE_ARRAY_MEMBER];	/* max_databases of them */
+} RedriveShared;
+
+extern RedriveShared *redrive_shared;	/* NULL when not preloaded */
+
+extern void redrive_install_shmem_hooks(void);
+extern RedriveSlot *redrive_slot_take(Oid database, Oid owner, bool foreground);
+extern void redrive_slot_attach(RedriveSlot *slot);
+extern void redrive_slot_free(RedriveSlot *slot);
+extern int	redrive_count_executors(void);
+extern RedriveDatabase *redrive_find_database(Oid database, bool create);
+
+#endif							/* REDRIVE_SHMEM_H */

@@ -1,0 +1,196 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.c
+ *	  Wake-ups that take effect when the transaction commits.
+ *
+ * Who is to be woken is remembered per transaction and forgotten at its end,
+ * whichever way it ends.  A wake-up sets a latch: of an idle executor of the
+ * owner, else of the supervisor, which may start one.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+
+#include "base/shmem.h"
+#include "base/wake.h"
+
+#define MAX_OWNERS 8
+
+static bool callback_registered = false;
+static Oid	owners[MAX_OWNERS];
+static int	n_owners = 0;		/* MAX_OWNERS + 1 = too many, wake everybody */
+static bool several = false;	/* more than one wake-up of an owner */
+static bool batch_ended = false;
+static bool created = false;
+static bool supervisor = false; /* something becomes due that it has to wait for */
+
+PG_FUNCTION_INFO_V1(redrive__wake);
+PG_FUNCTION_INFO_V1(redrive__created);
+PG_FUNCTION_INFO_V1(redrive__preloaded);
+
+static void
+wake_supervisor(void)
+{
+	RedriveDatabase *database;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	database = redrive_find_database(MyDatabaseId, false);
+	if (database != NULL && database->latch != NULL)
+		SetLatch(database->latch);
+	LWLockRelease(redrive_shared->lock);
+}
+
+static void
+at_xact_end(XactEvent event, void *arg)
+{
+	if (event == XACT_EVENT_COMMIT)
+	{
+		if (n_owners > MAX_OWNERS)
+			redrive_wake_now(InvalidOid, true);
+		else
+			for (int i = 0; i < n_owners; i++)
+				redrive_wake_now(owners[i], several);
+		if (supervisor)
+			wake_supervisor();
+		if (batch_ended)
+			ConditionVariableBroadcast(&redrive_shared->batch_ended);
+		if (created)
+			redrive_wake_launcher();
+	}
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+	{
+		n_owners = 0;
+		several = false;
+		batch_ended = false;
+		created = false;
+		supervisor = false;
+	}
+}
+
+static void
+register_callback(void)
+{
+	if (!callback_registered)
+		RegisterXactCallback(at_xact_end, NULL);
+	callback_registered = true;
+}
+
+/* Wake a worker of this owner in this database when the transaction commits. */
+void
+redrive_wake_at_commit(Oid owner)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	for (int i = 0; i < Min(n_owners, MAX_OWNERS); i++)
+		if (owners[i] == owner)
+		{
+			several = true;
+			return;
+		}
+	if (n_owners < MAX_OWNERS)
+		owners[n_owners] = owner;
+	if (n_owners <= MAX_OWNERS)
+		n_owners++;
+}
+
+/*
+ * Wake an idle executor of this owner in this database, or all of them; the
+ * supervisor when there was none or more may be wanted.
+ *
+ * owner InvalidOid = of whatever owner.
+ */
+void
+redrive_wake_now(Oid owner, bool all)
+{
+	bool		woken = false;
+
+	if (redrive_shared == NULL)
+		return;
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	for (int i = 0; i < REDRIVE_MAX_SLOTS && (all || !woken); i++)
+	{
+		RedriveSlot *slot = &redrive_shared->slots[i];
+
+		if (slot->state == SLOT_IDLE && slot->database == MyDatabaseId &&
+			(slot->owner == owner || !OidIsValid(owner)))
+		{
+			slot->state = SLOT_CLAIMING;	/* the next one wakes another */
+			SetLatch(slot->latch);
+			woken = true;
+		}
+	}
+	LWLockRelease(redrive_shared->lock);
+	if (all || !woken)
+		wake_supervisor();
+}
+
+/* Let the supervisor see when the next work is due, after the commit. */
+void
+redrive_wake_supervisor_at_commit(void)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	supervisor = true;
+}
+
+/* Tell those who wait() when the transaction commits. */
+void
+redrive_batch_ended_at_commit(void)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	batch_ended = true;
+}
+
+/* Let the launcher look at this database again. */
+void
+redrive_wake_launcher(void)
+{
+	RedriveDatabase *database;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	database = redrive_find_database(MyDatabaseId, true);
+	if (database != NULL)
+	{
+		database->probe = true;
+		database->retry_at = 0;
+		database->errors = 0;
+	}
+	if (redrive_shared->launcher_latch != NULL)
+		SetLatch(redrive_shared->launcher_latch);
+	LWLockRelease(redrive_shared->lock);
+}
+
+/* SQL: _wake(role) */
+Datum
+redrive__wake(PG_FUNCTION_ARGS)
+{
+	redrive_wake_at_commit(PG_GETARG_OID(0));
+	PG_RETURN_VOID();
+}
+
+/* SQL: _created(), the last statement of the install script */
+Datum
+redrive__created(PG_FUNCTION_ARGS)
+{
+	if (redrive_shared != NULL)
+	{
+		register_callback();
+		created = true;
+	}
+	PG_RETURN_VOID();
+}
+
+/* SQL: _preloaded() */
+Datum
+redrive__preloaded(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_BOOL(redrive_shared != NULL);
+}

@@ -1,0 +1,110 @@
+/*-------------------------------------------------------------------------
+ *
+ * xact.c
+ *	  Transactions of workers and of the foreground engine.
+ *
+ * The engine always runs in a non-atomic SPI connection, so that a worker and
+ * CALL redrive.work() commit in the same way.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "pgstat.h"
+#include "utils/guc.h"
+#include "utils/snapmgr.h"
+
+#include "base/xact.h"
+
+/* Connect to SPI for the length of one SQL function call. */
+void
+redrive_connect(void)
+{
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+}
+
+/* End redrive_connect or redrive_connect_nonatomic. */
+void
+redrive_disconnect(void)
+{
+	if (SPI_finish() != SPI_OK_FINISH)
+		elog(ERROR, "SPI_finish failed");
+}
+
+/* Connect to SPI such that redrive_commit can be called. */
+void
+redrive_connect_nonatomic(void)
+{
+	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+}
+
+/* Refuse to run a procedure that commits inside a transaction block. */
+void
+redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what)
+{
+	if (fcinfo->context == NULL || !IsA(fcinfo->context, CallContext) ||
+		castNode(CallContext, fcinfo->context)->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("%s cannot be called in a transaction block", what),
+				 errdetail("It commits as it goes."),
+				 errhint("CALL it at top level, outside BEGIN and outside functions.")));
+}
+
+/* Begin a transaction of a worker, connected to SPI. */
+void
+redrive_worker_begin(void)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	redrive_connect_nonatomic();
+}
+
+/* Commit and end what redrive_worker_begin began; the worker may wait now. */
+void
+redrive_worker_end(void)
+{
+	redrive_disconnect();
+	CommitTransactionCommand();
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/*
+ * Commit and go on in a new transaction.
+ *
+ * On an error in the commit the transaction is rolled back, a new one is open,
+ * and the error is thrown on: the caller may catch it and go on.
+ */
+void
+redrive_commit(void)
+{
+	SetCurrentStatementStartTimestamp();
+	SPI_commit();
+	pgstat_report_stat(false);
+}
+
+/*
+ * Commit without waiting for the disk: for what is done again if a crash
+ * swallows it.
+ */
+void
+redrive_commit_lazily(void)
+{
+	(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	redrive_commit();
+}
+
+/* Roll back and go on in a new transaction; also after a caught error. */
+void
+redrive_rollback(void)
+{
+	SPI_rollback();
+}

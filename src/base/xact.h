@@ -1,0 +1,23 @@
+/*-------------------------------------------------------------------------
+ *
+ * xact.h
+ *	  Transactions of workers and of the foreground engine.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_XACT_H
+#define REDRIVE_XACT_H
+
+#include "fmgr.h"
+
+extern void redrive_connect(void);
+extern void redrive_disconnect(void);
+extern void redrive_worker_begin(void);
+extern void redrive_worker_end(void);
+extern void redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what);
+extern void redrive_connect_nonatomic(void);
+extern void redrive_commit(void);
+extern void redrive_commit_lazily(void);
+extern void redrive_rollback(void);
+
+#endif							/* REDRIVE_XACT_H */

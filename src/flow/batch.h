@@ -1,0 +1,132 @@
+/*-------------------------------------------------------------------------
+ *
+ * batch.h
+ *	  The things of the flow: handlers, chunks, items, failures.
+ *
+ * States are spelled as in the SQL types.  Who may move what is drawn in
+ * src/README.md.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_BATCH_H
+#define REDRIVE_BATCH_H
+
+#include "datatype/timestamp.h"
+#include "fmgr.h"
+#include "nodes/pg_list.h"
+
+#include "base/shmem.h"
+
+/* SQLSTATEs of our own */
+#define ERRCODE_REDRIVE_VALIDATION	MAKE_SQLSTATE('R','D','0','0','1')
+#define ERRCODE_REDRIVE_USER_ERROR	MAKE_SQLSTATE('R','D','0','0','2')
+#define ERRCODE_REDRIVE_FENCED		MAKE_SQLSTATE('R','D','0','0','3')
+
+typedef enum RuleAction
+{
+	ACTION_IGNORE,
+	ACTION_FAIL,
+	ACTION_RETRY,
+	ACTION_RETRY_FREE,
+	ACTION_PAUSE
+} RuleAction;
+
+typedef enum HandlerSignature
+{
+	SIGNATURE_PAYLOAD,			/* (payload jsonb) */
+	SIGNATURE_KEY_PAYLOAD,		/* (key text, payload jsonb) */
+	SIGNATURE_ITEM				/* (item redrive.item) */
+} HandlerSignature;
+
+/* A handler as one chunk sees it; read once per claim. */
+typedef struct RedriveHandler
+{
+	int32		handler_id;
+	char	   *name;
+	char	   *function;		/* schema-qualified */
+	HandlerSignature signature;
+	int32		max_retries;
+	int64		retry_delay;	/* microseconds, -1 = wait for the pass */
+	double		retry_factor;
+	int64		retry_delay_max;	/* microseconds */
+	int64		item_timeout;	/* microseconds, 0 = none */
+	int64		commit_interval;	/* microseconds */
+	bool		one_by_one;		/* isolation = item */
+	char	   *on_unlock;		/* schema-qualified, or NULL */
+} RedriveHandler;
+
+/* Why an item did not succeed, and what follows. */
+typedef struct RedriveFailure
+{
+	struct RedriveItem *item;
+	RuleAction	action;
+	int32		rule_id;
+	const char *error_class;
+	const char *state;			/* failure_state it gets */
+	const char *reason;			/* fail_reason, or NULL */
+	int32		attempts;		/* made, this one included */
+	int32		free_count;		/* of them, those that cost no retry */
+	int32		retry_count;	/* paid attempts less the first */
+	TimestampTz failed_at;
+	TimestampTz next_attempt_at;	/* 0 = none */
+	uint64		fingerprint;
+	ErrorData  *error;
+} RedriveFailure;
+
+typedef struct RedriveItem
+{
+	int64		item_no;
+	text	   *key;			/* NULL = none */
+	Datum		payload;
+	int32		attempts;		/* made so far, the running one excluded */
+	int32		free_count;		/* of them, those that cost no retry */
+	int32		at_once;		/* transient errors answered by trying at once */
+	RedriveFailure *failure;	/* set = not part of the next segment */
+} RedriveItem;
+
+/* A claimed chunk and the page of its items that is in memory. */
+typedef struct RedriveChunk
+{
+	MemoryContext cxt;			/* lives as long as the claim */
+	RedriveHandler handler;
+	int64		chunk_id;
+	int64		batch_id;
+	int16		part;
+	int32		run_no;
+	bool		retry;			/* kind = retry */
+	bool		keyed;			/* the batch has keys */
+	int64		done_to;		/* watermark, as committed */
+	int64		to_no;
+	int64		items;			/* still to do when claimed */
+	int64		lease_token;
+	double		failure_rate;	/* decaying average over some fifty items */
+	TimestampTz claimed_at;
+	int64		done;			/* items committed under this claim */
+	bool		started;		/* the handler could be prepared */
+	bool		ended;			/* all of it is committed */
+	bool		commit_failed;	/* an interval of one item could not be committed */
+	List	   *rules;			/* classification rules that matched */
+	Oid			function;		/* of the handler, looked up at the start */
+	bool		commit_each;	/* a commit failed: one item per transaction up to alone_to */
+	int			alone_to;		/* page index up to which segments have one item */
+
+	MemoryContext page_cxt;
+	RedriveItem *page;
+	int			page_items;
+	int			page_next;		/* first item of the page that is not committed */
+	int64		page_to;		/* item_no up to which the page reaches */
+} RedriveChunk;
+
+/* One commit interval. */
+typedef struct RedriveInterval
+{
+	MemoryContext cxt;
+	TimestampTz started_at;
+	int			first;			/* index in the page */
+	int			end;			/* settled up to here (exclusive) */
+	int			live_subxacts;	/* committed, with an xid */
+	bool		stop;			/* record what is settled and end the interval */
+	char	   *pause_reason;	/* set: pause the batch too */
+} RedriveInterval;
+
+#endif							/* REDRIVE_BATCH_H */

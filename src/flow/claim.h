@@ -1,0 +1,18 @@
+/*-------------------------------------------------------------------------
+ *
+ * claim.h
+ *	  Take a chunk, read its items, give it back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_CLAIM_H
+#define REDRIVE_CLAIM_H
+
+#include "flow/batch.h"
+
+extern RedriveChunk *redrive_claim(Oid owner, MemoryContext parent, bool *more);
+extern bool redrive_fetch_page(RedriveChunk *chunk);
+extern void redrive_give_back(RedriveChunk *chunk);
+extern void redrive_fold(RedriveChunk *chunk);
+
+#endif							/* REDRIVE_CLAIM_H */

@@ -1,0 +1,280 @@
+/*-------------------------------------------------------------------------
+ *
+ * classify.c
+ *	  What an error means for its item.
+ *
+ * The rules are data, and SQL decides (redrive._classify); here the answer is
+ * remembered for the rest of the chunk when it does not depend on the message.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "common/hashfn.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "base/backoff.h"
+#include "base/spi_call.h"
+#include "flow/classify.h"
+
+#define MAX_FREE_RETRIES 20
+#define FREE_DELAY_US 500000
+#define FREE_DELAY_MAX_US 60000000
+
+PG_FUNCTION_INFO_V1(redrive_raise_validation);
+PG_FUNCTION_INFO_V1(redrive_raise_user_error);
+
+/* A rule that decided, with its hits in this chunk. */
+typedef struct RuleMatch
+{
+	int			sqlerrcode;
+	const char *constraint_name;	/* or NULL */
+	bool		for_all_messages;
+	int32		rule_id;
+	const char *error_class;
+	RuleAction	action;
+	int64		hits;
+} RuleMatch;
+
+static RedriveSql find_rule = {
+	"SELECT rule_id, error_class, action::text AS action, for_all_messages FROM redrive._classify($1, $2, $3, $4)",
+	4, {TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+};
+
+static RedriveSql add_hits = {
+	"UPDATE redrive.classification_rules SET hits = hits + $2 WHERE rule_id = $1",
+	2, {INT4OID, INT8OID}
+};
+
+static bool
+same_constraint(const char *a, const char *b)
+{
+	return a == NULL || b == NULL ? a == b : strcmp(a, b) == 0;
+}
+
+static RuleAction
+parse_action(const char *name)
+{
+	static const char *const names[] = {"ignore", "fail", "retry", "retry_free", "pause"};
+
+	for (int i = 0; i < lengthof(names); i++)
+		if (strcmp(name, names[i]) == 0)
+			return (RuleAction) i;
+	elog(ERROR, "unknown action \"%s\"", name);
+}
+
+/*
+ * Return the rule for an error.  The result lives as long as the chunk.
+ */
+static RuleMatch *
+match_rule(RedriveChunk *chunk, ErrorData *error)
+{
+	ListCell   *lc;
+	RuleMatch  *match;
+	Datum		values[4];
+	char		nulls[] = "    ";
+	char	   *action;
+	bool		isnull;
+	MemoryContext old_cxt;
+
+	foreach(lc, chunk->rules)
+	{
+		match = lfirst(lc);
+		if (match->for_all_messages && match->sqlerrcode == error->sqlerrcode &&
+			same_constraint(match->constraint_name, error->constraint_name))
+			return match;
+	}
+
+	values[0] = CStringGetTextDatum(chunk->handler.name);
+	values[1] = CStringGetTextDatum(unpack_sql_state(error->sqlerrcode));
+	values[2] = CStringGetTextDatum(error->message ? error->message : "");
+	values[3] = error->constraint_name ? CStringGetTextDatum(error->constraint_name) : (Datum) 0;
+	nulls[3] = error->constraint_name ? ' ' : 'n';
+	old_cxt = MemoryContextSwitchTo(chunk->cxt);
+	match = palloc0(sizeof(RuleMatch));
+	match->sqlerrcode = error->sqlerrcode;
+	match->constraint_name = error->constraint_name ? pstrdup(error->constraint_name) : NULL;
+	if (redrive_sql(&find_rule, values, nulls) == 1)
+	{
+		match->rule_id = DatumGetInt32(redrive_column(0, "rule_id", &isnull));
+		match->error_class = redrive_text(0, "error_class", chunk->cxt);
+		action = redrive_text(0, "action", chunk->cxt);
+		match->action = parse_action(action);
+		match->for_all_messages = redrive_bool(0, "for_all_messages");
+	}
+	else
+	{
+		/* somebody removed the rule that fits all */
+		match->error_class = "other";
+		match->action = ACTION_RETRY;
+	}
+	chunk->rules = lappend(chunk->rules, match);
+	MemoryContextSwitchTo(old_cxt);
+	return match;
+}
+
+/*
+ * Return a hash of what is the same in errors with the same cause: SQLSTATE,
+ * constraint, and the message without numbers and quoted parts.
+ */
+static uint64
+fingerprint(ErrorData *error)
+{
+	const char *message = error->message ? error->message : "";
+	char	   *plain = palloc(strlen(message) + 1);
+	char	   *out = plain;
+	uint64		hash;
+
+	while (*message)
+	{
+		if (*message == '"' || *message == '\'')
+		{
+			const char *end = strchr(message + 1, *message);
+
+			if (end != NULL)
+			{
+				*out++ = '?';
+				message = end + 1;
+				continue;
+			}
+		}
+		if (*message >= '0' && *message <= '9')
+		{
+			*out++ = '#';
+			while (*message >= '0' && *message <= '9')
+				message++;
+			continue;
+		}
+		*out++ = *message++;
+	}
+	hash = hash_bytes_extended((unsigned char *) plain, out - plain, error->sqlerrcode);
+	if (error->constraint_name)
+		hash = hash_combine64(hash, hash_bytes_extended((unsigned char *) error->constraint_name,
+														strlen(error->constraint_name), 0));
+	pfree(plain);
+	return hash;
+}
+
+/* Decide when a waiting item is tried again. */
+static TimestampTz
+next_attempt(RedriveChunk *chunk, RedriveItem *item, RedriveFailure *failure)
+{
+	uint64		seed = hash_combine64((uint64) chunk->batch_id, (uint64) item->item_no);
+
+	if (failure->action == ACTION_PAUSE)
+		return failure->failed_at;	/* as soon as somebody resumes the batch */
+	if (failure->action == ACTION_RETRY_FREE)
+		return failure->failed_at +
+			redrive_backoff(FREE_DELAY_US, 2, FREE_DELAY_MAX_US, failure->free_count - 1, seed);
+	if (chunk->handler.retry_delay < 0)
+		return 0;				/* the pass decides */
+	return failure->failed_at +
+		redrive_backoff(chunk->handler.retry_delay, chunk->handler.retry_factor,
+						chunk->handler.retry_delay_max, failure->retry_count, seed);
+}
+
+/*
+ * Turn the error of an item into a failure: class, new state, next attempt.
+ *
+ * The result is in CurrentMemoryContext and keeps the error.
+ */
+RedriveFailure *
+redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
+{
+	RuleMatch  *match = match_rule(chunk, error);
+	RedriveFailure *failure = palloc0(sizeof(RedriveFailure));
+
+	match->hits++;
+	failure->item = item;
+	failure->error = error;
+	failure->action = match->action;
+	failure->rule_id = match->rule_id;
+	failure->error_class = match->error_class;
+	failure->attempts = item->attempts + 1;
+	failure->free_count = item->free_count;
+	failure->failed_at = GetCurrentTimestamp();
+	failure->fingerprint = fingerprint(error);
+
+	/* free attempts are capped apart; beyond the cap they cost */
+	if (failure->action == ACTION_RETRY_FREE && item->free_count >= MAX_FREE_RETRIES)
+		failure->action = ACTION_RETRY;
+	if (failure->action == ACTION_RETRY_FREE || failure->action == ACTION_PAUSE)
+		failure->free_count++;
+	failure->retry_count = Max(failure->attempts - failure->free_count - 1, 0);
+
+	switch (failure->action)
+	{
+		case ACTION_IGNORE:
+			failure->state = "ignored";
+			break;
+		case ACTION_FAIL:
+			failure->state = "failed";
+			failure->reason = "non_retryable";
+			break;
+		case ACTION_RETRY:
+			if (failure->retry_count >= chunk->handler.max_retries)
+			{
+				failure->state = "failed";
+				failure->reason = "exhausted";
+				break;
+			}
+			/* fall through */
+		case ACTION_RETRY_FREE:
+		case ACTION_PAUSE:
+			failure->state = "waiting";
+			failure->next_attempt_at = next_attempt(chunk, item, failure);
+			break;
+	}
+	return failure;
+}
+
+/*
+ * Add the hits of this chunk to the rules: in the small transaction that ends
+ * the chunk, so that workers do not wait for each other's commit intervals.
+ */
+void
+redrive_count_rule_hits(RedriveChunk *chunk)
+{
+	ListCell   *lc;
+
+	foreach(lc, chunk->rules)
+	{
+		RuleMatch  *match = lfirst(lc);
+		Datum		values[2];
+
+		if (match->hits == 0 || match->rule_id == 0)
+			continue;
+		values[0] = Int32GetDatum(match->rule_id);
+		values[1] = Int64GetDatum(match->hits);
+		(void) redrive_sql(&add_hits, values, NULL);
+		match->hits = 0;
+	}
+}
+
+/* Raise an error of our own on behalf of a handler. */
+static void
+raise_for_handler(FunctionCallInfo fcinfo, int sqlerrcode)
+{
+	ereport(ERROR,
+			(errcode(sqlerrcode),
+			 errmsg_internal("%s", PG_ARGISNULL(0) ? "" : text_to_cstring(PG_GETARG_TEXT_PP(0))),
+			 PG_ARGISNULL(1) ? 0 : errdetail_internal("%s", text_to_cstring(PG_GETARG_TEXT_PP(1)))));
+}
+
+/* SQL: raise_validation(message, detail) */
+Datum
+redrive_raise_validation(PG_FUNCTION_ARGS)
+{
+	raise_for_handler(fcinfo, ERRCODE_REDRIVE_VALIDATION);
+	PG_RETURN_VOID();
+}
+
+/* SQL: raise_user_error(message, detail) */
+Datum
+redrive_raise_user_error(PG_FUNCTION_ARGS)
+{
+	raise_for_handler(fcinfo, ERRCODE_REDRIVE_USER_ERROR);
+	PG_RETURN_VOID();
+}

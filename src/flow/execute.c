@@ -1,0 +1,399 @@
+/*-------------------------------------------------------------------------
+ *
+ * execute.c
+ *	  The engine: run what is due for a role.
+ *
+ * Chunk, commit interval, segment: why there are three scopes is told in
+ * docs/architecture.md.  A segment that fails is rolled back, its failing item
+ * set aside, the items before it replayed; how long a segment is follows from
+ * the rate of failures.  Runs the same in an executor and in a session that
+ * calls redrive.work().
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/guc.h"
+#include "base/wake.h"
+#include "base/xact.h"
+#include "flow/callback.h"
+#include "flow/claim.h"
+#include "flow/classify.h"
+#include "flow/execute.h"
+#include "flow/record.h"
+#include "flow/segment.h"
+
+#define MAX_SEGMENT 250
+#define MAX_INTERVAL_ITEMS 2000
+
+/* The cache of a backend has room for 64; beyond it everybody gets slower. */
+#define MAX_LIVE_SUBXACTS 50
+
+/* A failure rate decays over about so many items. */
+#define RATE_WINDOW 50
+
+/* How often a transient error is answered by trying again at once. */
+#define MAX_AT_ONCE 3
+
+/* A chunk that takes longer than this is given back for others to share. */
+#define MAX_CHUNK_US INT64CONST(8000000)
+
+/*
+ * Return how many items the next segment gets: long enough to be cheap, short
+ * enough that a failure wastes little.
+ */
+static int
+segment_length(double failure_rate)
+{
+	double		length = 1.2 / sqrt(Max(failure_rate, 1e-9));
+
+	return length > MAX_SEGMENT ? MAX_SEGMENT : length < 1 ? 1 : (int) length;
+}
+
+/* Is it time to commit? */
+static bool
+interval_full(RedriveChunk *chunk, RedriveInterval *interval)
+{
+	int			items = interval->end - interval->first;
+
+	return interval->stop ||
+		items >= MAX_INTERVAL_ITEMS ||
+		interval->live_subxacts >= MAX_LIVE_SUBXACTS ||
+		(items > 0 && (chunk->handler.one_by_one || (chunk->commit_each && interval->end <= chunk->alone_to))) ||
+		redrive_stop_requested() ||
+		(items > 0 && GetCurrentTimestamp() - interval->started_at >= chunk->handler.commit_interval);
+}
+
+/*
+ * Decide about an item that failed.  Returns false when it is not settled: it
+ * is to be tried again at once, in a new interval.
+ */
+static bool
+settle_failure(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot, int k, ErrorData *error)
+{
+	RedriveItem *item = &chunk->page[k];
+	MemoryContext old_cxt = MemoryContextSwitchTo(interval->cxt);
+	RedriveFailure *failure = redrive_classify(chunk, item, error);
+
+	MemoryContextSwitchTo(old_cxt);
+	chunk->failure_rate += (1 - chunk->failure_rate) / RATE_WINDOW;
+	if (failure->action == ACTION_RETRY_FREE && strcmp(failure->error_class, "transient") == 0 &&
+		item->at_once < MAX_AT_ONCE)
+	{
+		item->at_once++;
+		return false;
+	}
+	item->failure = failure;
+	slot->open_failed++;
+	if (failure->action == ACTION_PAUSE)
+		interval->pause_reason = MemoryContextStrdup(chunk->cxt,
+													 psprintf("item %lld: %s: %s", (long long) item->item_no,
+															  unpack_sql_state(error->sqlerrcode),
+															  error->message ? error->message : ""));
+	return true;
+}
+
+/*
+ * Run the items from interval->end up to "to" and settle at least one of them:
+ * interval->end moves on, and to where tells how far.
+ */
+static void
+run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot, int to)
+{
+	int			resume = -1;	/* after this failed item once those before it are replayed */
+
+	while (interval->end < to)
+	{
+		SegmentResult result;
+
+		redrive_run_segment(call, interval, interval->end, to, &result);
+		if (result.error == NULL)
+		{
+			chunk->failure_rate *= pow(1.0 - 1.0 / RATE_WINDOW, result.reached - interval->end);
+			interval->live_subxacts += result.live;
+			interval->end = result.reached;
+			/* the time may run out in a replay: then the failed item is next */
+			if (resume >= 0 && interval->end == resume)
+				interval->end = resume + 1;
+			return;
+		}
+		if (result.failed < 0 && to - interval->end > 1)
+		{
+			/* a deferred constraint, of an unknown item: one by one from here */
+			chunk->alone_to = Max(chunk->alone_to, to);
+			redrive_reload_constraints(call);
+			return;
+		}
+		if (result.failed < 0)
+			result.failed = interval->end;
+		if (!settle_failure(chunk, interval, slot, result.failed, result.error) || interval->pause_reason != NULL)
+			interval->stop = true;
+		to = result.failed;
+		resume = chunk->page[result.failed].failure != NULL ? result.failed : -1;
+	}
+	if (resume == interval->end)
+		interval->end = resume + 1;
+}
+
+/* Run one commit interval of the page; nothing is recorded yet. */
+static void
+run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot)
+{
+	while (interval->end < chunk->page_items && !interval_full(chunk, interval))
+	{
+		int			length = interval->end < chunk->alone_to || chunk->handler.one_by_one ? 1 :
+			segment_length(chunk->failure_rate);
+
+		run_range(call, chunk, interval, slot, Min(interval->end + length, chunk->page_items));
+		if (redrive_commit_after_segment(call))
+			interval->stop = true;
+	}
+	/* what failed behind the end is not settled: it runs again */
+	for (int i = interval->end; i < chunk->page_items && i < interval->end + MAX_SEGMENT + 1; i++)
+		chunk->page[i].failure = NULL;
+}
+
+/*
+ * Record and commit an interval.
+ *
+ * Returns false when the chunk shall not go on: the batch was paused or
+ * cancelled.  An error at commit (a deferred trigger, a serialization failure)
+ * makes the interval run again, one item per transaction; a single item that
+ * cannot be committed fails with that error.
+ */
+static bool
+commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+	bool		last_page = chunk->page_items == 0 ||
+		chunk->page[chunk->page_items - 1].item_no >= chunk->to_no;
+	bool		ends_chunk = interval->end == chunk->page_items && last_page;
+	volatile bool live = true;
+	ErrorData  *volatile error = NULL;
+
+	PG_TRY();
+	{
+		MemoryContextSwitchTo(interval->cxt);
+		live = redrive_record(chunk, interval, ends_chunk);
+		MemoryContextSwitchTo(old_cxt);
+		redrive_commit();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(interval->cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		MemoryContextSwitchTo(old_cxt);
+		redrive_rollback();
+	}
+	PG_END_TRY();
+	slot->open_succeeded = slot->open_failed = 0;
+
+	if (error == NULL)
+	{
+		chunk->done += interval->end - interval->first;
+		if (interval->end > interval->first)
+			chunk->done_to = chunk->page[interval->end - 1].item_no;
+		chunk->page_next = interval->end;
+		chunk->ended = ends_chunk;
+		return live;
+	}
+	if (error->sqlerrcode == ERRCODE_REDRIVE_FENCED || error->sqlerrcode == ERRCODE_QUERY_CANCELED)
+		ReThrowError(error);
+
+	for (int i = interval->first; i < interval->end; i++)
+		chunk->page[i].failure = NULL;
+	if (interval->end - interval->first <= 1)
+	{
+		if (chunk->commit_failed)
+			ReThrowError(error);	/* not even the failure can be recorded */
+		chunk->commit_failed = true;
+		interval->live_subxacts = 0;
+		interval->pause_reason = NULL;
+		if (interval->end > interval->first)
+		{
+			if (!settle_failure(chunk, interval, slot, interval->first, error))
+				return true;	/* transient: at once again */
+			return commit_interval(chunk, interval, slot);
+		}
+		ReThrowError(error);
+	}
+	chunk->alone_to = Max(chunk->alone_to, interval->end);
+	chunk->commit_each = true;
+	return true;
+}
+
+/* Run a claimed chunk to its end, or until it has to be given back. */
+static void
+run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
+{
+	RedriveCall *call = redrive_prepare_call(chunk, slot);
+	MemoryContext interval_cxt = AllocSetContextCreate(chunk->cxt, "redrive interval", ALLOCSET_DEFAULT_SIZES);
+	static int32 last_handler_id = 0;
+	static double last_failure_rate = 0;
+	bool		go_on = true;
+
+	chunk->started = true;
+	/* what the same handler did a moment ago is the best guess */
+	if (last_handler_id == chunk->handler.handler_id)
+		chunk->failure_rate = last_failure_rate;
+
+	while (go_on && !chunk->ended)
+	{
+		RedriveInterval interval = {0};
+		TimestampTz now;
+
+		MemoryContextReset(interval_cxt);
+		if (chunk->page_next == chunk->page_items)
+		{
+			chunk->alone_to = 0;
+			chunk->commit_each = false;
+			(void) redrive_fetch_page(chunk);
+		}
+		interval.cxt = interval_cxt;
+		interval.started_at = GetCurrentTimestamp();
+		interval.first = interval.end = chunk->page_next;
+		run_interval(call, chunk, &interval, slot);
+		chunk->commit_failed = false;
+		go_on = commit_interval(chunk, &interval, slot);
+
+		now = GetCurrentTimestamp();
+		if (now > chunk->claimed_at)
+			slot->items_per_second = chunk->done * 1e6 / (now - chunk->claimed_at);
+		if (redrive_stop_requested() || !redrive_enabled || (deadline != 0 && now >= deadline) ||
+			now - chunk->claimed_at > MAX_CHUNK_US)
+			go_on = false;
+		CHECK_FOR_INTERRUPTS();
+	}
+	last_handler_id = chunk->handler.handler_id;
+	last_failure_rate = chunk->failure_rate;
+}
+
+/* Show in the slot, and in pg_stat_activity, what this worker is doing. */
+static void
+show_chunk(RedriveSlot *slot, RedriveChunk *chunk)
+{
+	char		activity[256];
+
+	slot->handler_id = chunk->handler.handler_id;
+	slot->batch_id = chunk->batch_id;
+	slot->chunk_id = chunk->chunk_id;
+	slot->claimed_at = chunk->claimed_at;
+	slot->items_per_second = 0;
+	slot->open_succeeded = slot->open_failed = 0;
+	slot->state = SLOT_RUNNING;
+	if (!slot->foreground)
+	{
+		snprintf(activity, sizeof(activity), "redrive: handler %s, batch %lld, chunk %lld",
+				 chunk->handler.name, (long long) chunk->batch_id, (long long) chunk->chunk_id);
+		pgstat_report_activity(STATE_RUNNING, activity);
+	}
+}
+
+static void
+show_nothing(RedriveSlot *slot)
+{
+	slot->state = SLOT_CLAIMING;
+	slot->handler_id = 0;
+	slot->batch_id = slot->chunk_id = 0;
+	slot->item_no = 0;
+	slot->open_succeeded = slot->open_failed = 0;
+}
+
+/*
+ * The handler cannot be called at all: its function is gone or may not be
+ * executed.  No item's fault: the batch is paused and says why.
+ */
+static void
+pause_for_defect(RedriveChunk *chunk, ErrorData *error)
+{
+	RedriveInterval interval = {0};
+
+	interval.pause_reason = psprintf("handler \"%s\" cannot run: %s", chunk->handler.name, error->message);
+	(void) redrive_record(chunk, &interval, false);
+	redrive_commit();
+	redrive_give_back(chunk);
+}
+
+/* Run a claimed chunk; on an error give it back before throwing on. */
+static void
+run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		run_chunk(chunk, slot, deadline);
+		if (chunk->ended)
+		{
+			redrive_count_rule_hits(chunk);
+			redrive_fold(chunk);
+		}
+		else
+			redrive_give_back(chunk);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(chunk->cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		MemoryContextSwitchTo(old_cxt);
+		redrive_rollback();
+		show_nothing(slot);
+		if (error->sqlerrcode == ERRCODE_REDRIVE_FENCED)
+			ereport(LOG, (errmsg("%s", error->message), errdetail("%s", error->detail)));
+		else if (!chunk->started && (error->sqlerrcode == ERRCODE_UNDEFINED_FUNCTION ||
+									 error->sqlerrcode == ERRCODE_UNDEFINED_SCHEMA ||
+									 error->sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE))
+			pause_for_defect(chunk, error);
+		else
+		{
+			redrive_give_back(chunk);
+			ReThrowError(error);
+		}
+	}
+	PG_END_TRY();
+}
+
+/*
+ * Claim one chunk for the handlers of a role and run it, or run its callbacks.
+ *
+ * Needs a non-atomic connection with nothing to lose in the transaction that
+ * is open; another one is open afterwards.  Returns false when nothing is due.
+ * Resets cxt, which holds everything of the turn.
+ */
+bool
+redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampTz deadline)
+{
+	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
+	bool		worked = redrive_run_due_callbacks(slot, owner);
+	bool		more = false;
+
+	if (!worked)
+	{
+		RedriveChunk *chunk = redrive_claim(owner, cxt, &more);
+
+		if (chunk != NULL)
+		{
+			worked = true;
+			if (more)
+				redrive_wake_now(owner, false);
+			show_chunk(slot, chunk);
+			run_or_give_back(chunk, slot, deadline);
+			show_nothing(slot);
+		}
+	}
+	MemoryContextSwitchTo(old_cxt);
+	MemoryContextReset(cxt);
+	return worked;
+}

@@ -1,0 +1,348 @@
+/*-------------------------------------------------------------------------
+ *
+ * handler.c
+ *	  Handlers: their functions, by name; and the door through which SQL
+ *	  functions reach their internal counterparts.
+ *
+ * A function is looked up once, in the caller's search_path and with the
+ * caller's rights, and stored by its qualified name, so that dump, restore and
+ * pg_upgrade work; it is looked up by that name again for each chunk.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/namespace.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "parser/parse_func.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/regproc.h"
+#include "utils/syscache.h"
+#include "utils/varlena.h"
+
+#include "base/compat.h"
+#include "base/spi_call.h"
+#include "base/xact.h"
+#include "flow/handler.h"
+
+#define CREATE_HANDLER_ARGS 17
+
+static const char *const signature_names[] = {"payload", "key_payload", "item"};
+
+PG_FUNCTION_INFO_V1(redrive_as_owner);
+PG_FUNCTION_INFO_V1(redrive_create_handler);
+PG_FUNCTION_INFO_V1(redrive_alter_handler);
+
+/* Return the type redrive.item. */
+Oid
+redrive_item_type(void)
+{
+	Oid			namespace = get_namespace_oid("redrive", false);
+
+	return GetSysCacheOid2(TYPENAMENSP, Anum_pg_type_oid,
+						   CStringGetDatum("item"), ObjectIdGetDatum(namespace));
+}
+
+/* Fill the argument types of a signature and return their number. */
+static int
+signature_types(HandlerSignature signature, Oid *types)
+{
+	switch (signature)
+	{
+		case SIGNATURE_PAYLOAD:
+			types[0] = JSONBOID;
+			return 1;
+		case SIGNATURE_KEY_PAYLOAD:
+			types[0] = TEXTOID;
+			types[1] = JSONBOID;
+			return 2;
+		case SIGNATURE_ITEM:
+			types[0] = redrive_item_type();
+			return 1;
+	}
+	return 0;
+}
+
+/*
+ * Find a row function by its stored name.
+ *
+ * Throws 42883 when there is none, unless missing_ok; 3F000 when its schema is
+ * gone.
+ */
+Oid
+redrive_find_row_function(const char *name, HandlerSignature signature, bool missing_ok)
+{
+	Oid			types[2];
+	int			nargs = signature_types(signature, types);
+
+	return LookupFuncName(redrive_name_list(name), nargs, types, missing_ok);
+}
+
+/* Find an on_unlock(text) or on_finish(bigint, int) function. */
+Oid
+redrive_find_callback(const char *name, bool on_finish)
+{
+	Oid			unlock_types[] = {TEXTOID};
+	Oid			finish_types[] = {INT8OID, INT4OID};
+
+	return LookupFuncName(redrive_name_list(name), on_finish ? 2 : 1,
+						  on_finish ? finish_types : unlock_types, false);
+}
+
+/*
+ * Check a function that a user names, and return its qualified name.
+ *
+ * Throws 42809 when it is no plain function, 42501 when the caller may not
+ * execute it.
+ */
+static Datum
+qualified_name(Oid funcid, const char *what)
+{
+	char	   *namespace = get_namespace_name(get_func_namespace(funcid));
+	char	   *name = get_func_name(funcid);
+
+	if (get_func_prokind(funcid) != PROKIND_FUNCTION || get_func_retset(funcid))
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg("\"%s\" cannot be used as %s", name, what),
+				 errdetail("It is a procedure, an aggregate, a window function or returns a set."),
+				 errhint("Use a plain function; its result is ignored.")));
+	if (!redrive_may_execute(funcid, GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for function \"%s\"", name),
+				 errdetail("The handler will run as role \"%s\".", GetUserNameFromId(GetUserId(), false)),
+				 errhint("Grant EXECUTE on it to that role.")));
+	return CStringGetTextDatum(quote_qualified_identifier(namespace, name));
+}
+
+/*
+ * Find the row function that a user means: "f", "schema.f" or with argument
+ * types.  Looks in the caller's search_path.
+ */
+static Oid
+find_row_function(const char *given, HandlerSignature *signature)
+{
+	Oid			found = InvalidOid;
+	Oid			exact = InvalidOid;
+
+	if (strchr(given, '(') != NULL)
+		exact = DatumGetObjectId(DirectFunctionCall1(regprocedurein, CStringGetDatum(given)));
+
+	for (int s = SIGNATURE_PAYLOAD; s <= SIGNATURE_ITEM; s++)
+	{
+		Oid			candidate;
+
+		if (OidIsValid(exact))
+		{
+			Oid			types[2];
+			Oid		   *actual;
+			int			nargs;
+
+			(void) get_func_signature(exact, &actual, &nargs);
+			candidate = nargs == signature_types(s, types) &&
+				memcmp(actual, types, nargs * sizeof(Oid)) == 0 ? exact : InvalidOid;
+		}
+		else
+			candidate = redrive_find_row_function(given, s, true);
+		if (!OidIsValid(candidate))
+			continue;
+		if (OidIsValid(found))
+			ereport(ERROR,
+					(errcode(ERRCODE_AMBIGUOUS_FUNCTION),
+					 errmsg("function name \"%s\" is not unique", given),
+					 errdetail("More than one function of this name fits a row handler."),
+					 errhint("Write the argument types too, for example %s(jsonb).", given)));
+		found = candidate;
+		*signature = s;
+	}
+	if (!OidIsValid(found))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_FUNCTION),
+				 errmsg("function \"%s\" does not exist or does not fit a row handler", given),
+				 errdetail("A row handler is a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item)."),
+				 errhint("Create the function first, or write its schema if it is not in search_path.")));
+	return found;
+}
+
+/*
+ * Call redrive._<name> with the rights of the extension, for the SQL function
+ * <name> that was called, and return its result.
+ *
+ * values are passed as they are, fcinfo only tells the name and result type.
+ */
+Datum
+redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *values, char *nulls)
+{
+	Oid			self = fcinfo->flinfo->fn_oid;
+	Oid			rettype = get_func_rettype(self);
+	MemoryContext caller_cxt = CurrentMemoryContext;
+	RedriveSql	sql = {0};
+	StringInfoData text;
+	Datum		result;
+	bool		isnull;
+
+	initStringInfo(&text);
+	appendStringInfo(&text, "SELECT redrive.%s(",
+					 quote_identifier(psprintf("_%s", get_func_name(self))));
+	for (int i = 0; i < nargs; i++)
+	{
+		appendStringInfo(&text, "%s$%d", i > 0 ? ", " : "", i + 1);
+		sql.argtypes[i] = argtypes[i];
+	}
+	appendStringInfoString(&text, ") AS result");
+	sql.text = text.data;
+	sql.nargs = nargs;
+
+	redrive_connect();
+	redrive_sql_one_row(&sql, values, nulls);
+	result = redrive_column(0, "result", &isnull);
+	if (!isnull && rettype != VOIDOID)
+	{
+		int16		len;
+		bool		byval;
+		MemoryContext spi_cxt = MemoryContextSwitchTo(caller_cxt);
+
+		get_typlenbyval(rettype, &len, &byval);
+		result = datumCopy(result, byval, len);
+		MemoryContextSwitchTo(spi_cxt);
+	}
+	redrive_free_plan(&sql);
+	redrive_disconnect();
+	fcinfo->isnull = isnull && rettype != VOIDOID;
+	return fcinfo->isnull || rettype == VOIDOID ? (Datum) 0 : result;
+}
+
+/*
+ * The C side of the control functions: pass the caller's role, which SQL
+ * cannot forge, and the arguments on.
+ */
+Datum
+redrive_as_owner(PG_FUNCTION_ARGS)
+{
+	Oid			argtypes[REDRIVE_MAX_ARGS];
+	Datum		values[REDRIVE_MAX_ARGS];
+	char		nulls[REDRIVE_MAX_ARGS + 1] = {0};
+	Oid		   *declared;
+	int			nargs;
+
+	(void) get_func_signature(fcinfo->flinfo->fn_oid, &declared, &nargs);
+	argtypes[0] = OIDOID;
+	values[0] = ObjectIdGetDatum(GetUserId());
+	nulls[0] = ' ';
+	for (int i = 0; i < nargs; i++)
+	{
+		argtypes[i + 1] = declared[i];
+		values[i + 1] = fcinfo->args[i].value;
+		nulls[i + 1] = fcinfo->args[i].isnull ? 'n' : ' ';
+	}
+	return redrive_dispatch(fcinfo, nargs + 1, argtypes, values, nulls);
+}
+
+/* Refuse an owner that no worker could connect as. */
+static void
+check_owner_can_login(void)
+{
+	HeapTuple	tuple = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
+	bool		can_login;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for role %u", GetUserId());
+	can_login = ((Form_pg_authid) GETSTRUCT(tuple))->rolcanlogin;
+	ReleaseSysCache(tuple);
+	if (!can_login && REDRIVE_OWNER_NEEDS_LOGIN)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("role \"%s\" cannot own a handler", GetUserNameFromId(GetUserId(), false)),
+				 errdetail("It is not permitted to log in, and workers connect as the owner."),
+				 errhint("Run ALTER ROLE ... LOGIN, or create the handler as another role.")));
+}
+
+/*
+ * create_handler and alter_handler: resolve the functions that the caller
+ * names, then pass everything on.
+ */
+static Datum
+put_handler(FunctionCallInfo fcinfo, bool create)
+{
+	Oid			argtypes[REDRIVE_MAX_ARGS];
+	Datum		values[REDRIVE_MAX_ARGS];
+	char		nulls[REDRIVE_MAX_ARGS + 1] = {0};
+	const int	first = 2;		/* caller and signature come before */
+	const int	function_arg = 1,
+				kind_arg = 2,
+				unlock_arg = CREATE_HANDLER_ARGS - 2,
+				finish_arg = CREATE_HANDLER_ARGS - 1;
+	Oid		   *declared;
+	int			nargs;
+
+	(void) get_func_signature(fcinfo->flinfo->fn_oid, &declared, &nargs);
+	for (int i = 0; i < nargs; i++)
+	{
+		argtypes[first + i] = declared[i];
+		values[first + i] = fcinfo->args[i].value;
+		nulls[first + i] = fcinfo->args[i].isnull ? 'n' : ' ';
+	}
+	argtypes[0] = OIDOID;
+	values[0] = ObjectIdGetDatum(GetUserId());
+	nulls[0] = ' ';
+	argtypes[1] = TEXTOID;
+	values[1] = (Datum) 0;
+	nulls[1] = 'n';
+
+	if (create && !PG_ARGISNULL(kind_arg))
+	{
+		Datum		kind = OidFunctionCall1(F_ENUM_OUT, PG_GETARG_DATUM(kind_arg));
+
+		if (strcmp(DatumGetCString(kind), "row") != 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg("handlers of kind \"%s\" are not supported by this version", DatumGetCString(kind)),
+					 errhint("Use kind \"row\".")));
+		if (PG_ARGISNULL(function_arg))
+			ereport(ERROR,
+					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+					 errmsg("function must not be null for a handler of kind \"row\""),
+					 errhint("Name a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item).")));
+	}
+	if (create)
+		check_owner_can_login();
+
+	if (!PG_ARGISNULL(function_arg))
+	{
+		HandlerSignature signature = SIGNATURE_PAYLOAD;
+		Oid			funcid = find_row_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), &signature);
+
+		values[first + function_arg] = qualified_name(funcid, "a row handler");
+		values[1] = CStringGetTextDatum(signature_names[signature]);
+		nulls[1] = ' ';
+	}
+	if (!PG_ARGISNULL(unlock_arg))
+		values[first + unlock_arg] =
+			qualified_name(redrive_find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
+	if (!PG_ARGISNULL(finish_arg))
+		values[first + finish_arg] =
+			qualified_name(redrive_find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
+
+	return redrive_dispatch(fcinfo, first + nargs, argtypes, values, nulls);
+}
+
+Datum
+redrive_create_handler(PG_FUNCTION_ARGS)
+{
+	return put_handler(fcinfo, true);
+}
+
+Datum
+redrive_alter_handler(PG_FUNCTION_ARGS)
+{
+	return put_handler(fcinfo, false);
+}

@@ -1,0 +1,466 @@
+/*-------------------------------------------------------------------------
+ *
+ * segment.c
+ *	  Run items in a subtransaction.
+ *
+ * The only place that calls handlers.  A segment is good as a whole or rolled
+ * back as a whole; the caller (execute.c) decides how long it is and what
+ * follows.  Whatever a handler did to settings or the current role is undone
+ * after each item; deferred constraints are fired before the segment ends, so
+ * that their errors are caught here and not at commit.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "nodes/makefuncs.h"
+#include "pgstat.h"
+#include "storage/latch.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/timeout.h"
+#include "utils/timestamp.h"
+#include "utils/typcache.h"
+
+#include "base/compat.h"
+#include "base/spi_call.h"
+#include "flow/handler.h"
+#include "flow/segment.h"
+
+struct RedriveCall
+{
+	RedriveChunk *chunk;
+	RedriveSlot *slot;
+	FmgrInfo	flinfo;
+	FunctionCallInfo fcinfo;
+	TupleDesc	item_desc;		/* of redrive.item, for that signature */
+	MemoryContext item_cxt;		/* reset for each item */
+	List	   *deferred;		/* of RangeVar: constraints that are initially deferred */
+	bool		cannot_restore; /* names are ambiguous: commit after each segment */
+};
+
+/* Identity and settings around code of users. */
+typedef struct UserCode
+{
+	Oid			user;
+	int			context;
+	int			nestlevel;
+} UserCode;
+
+static RedriveSql deferred_constraints = {
+	"SELECT n.nspname::text AS schema, c.conname::text AS name,"
+	" bool_or(NOT c.condeferrable) AS ambiguous"
+	" FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.connamespace"
+	" WHERE (c.connamespace, c.conname) IN (SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint AS d WHERE d.condeferred)"
+	" GROUP BY n.nspname, c.conname",
+	0, {0}
+};
+
+static TimeoutId item_timeout;
+static TimeoutId stop_tick;
+static bool in_worker = false;
+static volatile sig_atomic_t item_timed_out = false;
+static volatile sig_atomic_t stop_requested = false;
+
+/* Timeout: the running item has had its time. */
+static void
+cancel_item(void)
+{
+	item_timed_out = true;
+	InterruptPending = true;
+	QueryCancelPending = true;
+	SetLatch(MyLatch);
+}
+
+/* Timeout, each second: a stop was requested and the item does not end. */
+static void
+enforce_stop(void)
+{
+	if (stop_requested)
+	{
+		InterruptPending = true;
+		ProcDiePending = true;
+		SetLatch(MyLatch);
+	}
+}
+
+/*
+ * SIGTERM in an executor: end the interval at the next item and give the rest
+ * back; an item that takes longer than a second or two is cut off.
+ */
+void
+redrive_request_stop(SIGNAL_ARGS)
+{
+	int			save_errno = errno;
+
+	stop_requested = true;
+	SetLatch(MyLatch);
+	errno = save_errno;
+}
+
+/* Has this process been asked to end? */
+bool
+redrive_stop_requested(void)
+{
+	return stop_requested;
+}
+
+/* Register the timeouts, once per process. */
+void
+redrive_init_timeouts(bool worker)
+{
+	static bool done = false;
+
+	if (!done)
+	{
+		item_timeout = RegisterTimeout(USER_TIMEOUT, cancel_item);
+		stop_tick = RegisterTimeout(USER_TIMEOUT, enforce_stop);
+		done = true;
+	}
+	in_worker = worker;
+	if (worker)
+		enable_timeout_every(stop_tick, GetCurrentTimestamp(), 1000);
+}
+
+/* Enter code of users: as the session's own role, which it cannot change. */
+static void
+enter_user_code(UserCode *save)
+{
+	GetUserIdAndSecContext(&save->user, &save->context);
+	SetUserIdAndSecContext(save->user, save->context | SECURITY_LOCAL_USERID_CHANGE);
+	save->nestlevel = NewGUCNestLevel();
+}
+
+/* Leave code of users: whatever it set is as before. */
+static void
+leave_user_code(UserCode *save)
+{
+	AtEOXact_GUC(false, save->nestlevel);
+	SetUserIdAndSecContext(save->user, save->context);
+}
+
+/* Read which constraints are initially deferred in this database. */
+void
+redrive_reload_constraints(RedriveCall *call)
+{
+	uint64		rows = redrive_sql(&deferred_constraints, NULL, NULL);
+	MemoryContext old_cxt = MemoryContextSwitchTo(call->chunk->cxt);
+
+	call->deferred = NIL;
+	call->cannot_restore = false;
+	for (uint64 row = 0; row < rows; row++)
+	{
+		if (redrive_bool(row, "ambiguous"))
+			call->cannot_restore = true;
+		else
+			call->deferred = lappend(call->deferred,
+									 makeRangeVar(redrive_text(row, "schema", call->chunk->cxt),
+												  redrive_text(row, "name", call->chunk->cxt), -1));
+	}
+	MemoryContextSwitchTo(old_cxt);
+}
+
+/*
+ * Must the interval end with the segment?  True when deferral by default could
+ * not be restored after deferred constraints were fired.
+ */
+bool
+redrive_commit_after_segment(RedriveCall *call)
+{
+	return call->cannot_restore;
+}
+
+/*
+ * Look the handler's function up and prepare to call it.
+ *
+ * Throws what the look-up throws: 42883 when it is gone, 42501 when the
+ * session's role may not execute it.  The result lives as long as the chunk.
+ */
+RedriveCall *
+redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
+{
+	MemoryContext old_cxt = MemoryContextSwitchTo(chunk->cxt);
+	RedriveCall *call = palloc0(sizeof(RedriveCall));
+	HandlerSignature signature = chunk->handler.signature;
+	Oid			function = redrive_find_row_function(chunk->handler.function, signature, false);
+	const int	nargs = signature == SIGNATURE_KEY_PAYLOAD ? 2 : 1;
+
+	if (!redrive_may_execute(function, GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for function %s", chunk->handler.function),
+				 errhint("Grant EXECUTE on it to role \"%s\".", GetUserNameFromId(GetUserId(), false))));
+	call->chunk = chunk;
+	call->slot = slot;
+	call->item_cxt = AllocSetContextCreate(chunk->cxt, "redrive item", ALLOCSET_DEFAULT_SIZES);
+	fmgr_info_cxt(function, &call->flinfo, chunk->cxt);
+	call->fcinfo = palloc0(SizeForFunctionCallInfo(nargs));
+	InitFunctionCallInfoData(*call->fcinfo, &call->flinfo, nargs, InvalidOid, NULL, NULL);
+	if (signature == SIGNATURE_ITEM)
+		call->item_desc = BlessTupleDesc(lookup_rowtype_tupdesc_copy(redrive_item_type(), -1));
+	MemoryContextSwitchTo(old_cxt);
+	redrive_reload_constraints(call);
+	return call;
+}
+
+/* Put an item into the arguments of the call. */
+static void
+set_arguments(RedriveCall *call, RedriveItem *item)
+{
+	NullableDatum *args = call->fcinfo->args;
+
+	args[0].isnull = false;
+	switch (call->chunk->handler.signature)
+	{
+		case SIGNATURE_PAYLOAD:
+			args[0].value = item->payload;
+			break;
+		case SIGNATURE_KEY_PAYLOAD:
+			args[0].value = PointerGetDatum(item->key);
+			args[0].isnull = item->key == NULL;
+			args[1].value = item->payload;
+			args[1].isnull = false;
+			break;
+		case SIGNATURE_ITEM:
+			{
+				Datum		values[5];
+				bool		nulls[5] = {false};
+
+				values[0] = Int64GetDatum(call->chunk->batch_id);
+				values[1] = Int64GetDatum(item->item_no);
+				values[2] = PointerGetDatum(item->key);
+				nulls[2] = item->key == NULL;
+				values[3] = item->payload;
+				values[4] = Int32GetDatum(item->attempts + 1);
+				args[0].value = HeapTupleGetDatum(heap_form_tuple(call->item_desc, values, nulls));
+			}
+			break;
+	}
+	if (call->flinfo.fn_strict && args[0].isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("the item has no key, and the function is strict"),
+				 errhint("Submit the item with a key, or declare the function CALLED ON NULL INPUT.")));
+}
+
+/* Call the function for one item, in the open subtransaction. */
+static void
+run_item(RedriveCall *call, RedriveItem *item)
+{
+	const int64 timeout_us = call->chunk->handler.item_timeout;
+	UserCode	save;
+	PgStat_FunctionCallUsage usage;
+
+	MemoryContextReset(call->item_cxt);
+	MemoryContextSwitchTo(call->item_cxt);
+	call->slot->item_started_at = GetCurrentTimestamp();
+	call->slot->item_no = item->item_no;
+	set_arguments(call, item);
+	if (timeout_us > 0)
+		enable_timeout_after(item_timeout, (int) Max(timeout_us / 1000, 1));
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	enter_user_code(&save);
+	call->fcinfo->isnull = false;
+	pgstat_init_function_usage(call->fcinfo, &usage);
+	(void) FunctionCallInvoke(call->fcinfo);
+	pgstat_end_function_usage(&usage, true);
+	leave_user_code(&save);
+	PopActiveSnapshot();
+
+	if (timeout_us > 0)
+	{
+		disable_timeout(item_timeout, false);
+		/* it may have fired after the last check */
+		CHECK_FOR_INTERRUPTS();
+	}
+	CommandCounterIncrement();
+}
+
+/*
+ * Fire deferred triggers now, as the role of the items, and defer again what
+ * is deferred by default.
+ */
+static void
+fire_deferred(RedriveCall *call)
+{
+	ConstraintsSetStmt *stmt = makeNode(ConstraintsSetStmt);
+	UserCode	save;
+
+	enter_user_code(&save);
+	AfterTriggerSetState(stmt);
+	if (call->deferred != NIL)
+	{
+		stmt->constraints = call->deferred;
+		stmt->deferred = true;
+		AfterTriggerSetState(stmt);
+	}
+	leave_user_code(&save);
+}
+
+/* Is this error about the process or the caller rather than the item? */
+static bool
+is_ours(ErrorData *error)
+{
+	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED && !item_timed_out && !in_worker)
+		return true;			/* Ctrl-C in CALL redrive.work() */
+	return false;
+}
+
+/*
+ * Run the items of the page from index "from" up to "to" in one subtransaction.
+ *
+ * Items that have a failure already are left out.  May end early, at an item
+ * boundary, when the interval's time is up or a stop was requested; reached
+ * tells.  After an error the subtransaction is rolled back, and the error is
+ * in the interval's context.
+ */
+void
+redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
+					int from, int to, SegmentResult *result)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+	ResourceOwner old_owner = CurrentResourceOwner;
+	RedriveItem *page = call->chunk->page;
+	const int64 interval_us = call->chunk->handler.commit_interval;
+	volatile int current = from;
+	volatile int good = 0;
+
+	result->error = NULL;
+	result->failed = -1;
+	result->live = false;
+	item_timed_out = false;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		for (; current < to; current++)
+		{
+			if (page[current].failure != NULL)
+				continue;
+			run_item(call, &page[current]);
+			good = good + 1;
+			call->slot->open_succeeded++;
+			if (stop_requested || call->slot->item_started_at - interval->started_at >= interval_us)
+			{
+				current++;
+				break;
+			}
+			CHECK_FOR_INTERRUPTS();
+		}
+		result->reached = current;
+		MemoryContextSwitchTo(call->item_cxt);
+		current = to;			/* an error from here on is nobody's in particular */
+		fire_deferred(call);
+		result->live = TransactionIdIsValid(GetCurrentTransactionIdIfAny());
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old_cxt);
+		CurrentResourceOwner = old_owner;
+	}
+	PG_CATCH();
+	{
+		disable_timeout(item_timeout, false);
+		MemoryContextSwitchTo(interval->cxt);
+		result->error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old_cxt);
+		CurrentResourceOwner = old_owner;
+		call->slot->open_succeeded -= good;
+		if (is_ours(result->error))
+			ReThrowError(result->error);
+		if (item_timed_out)
+		{
+			QueryCancelPending = false;
+			result->error->message = MemoryContextStrdup(interval->cxt, "item timeout");
+			result->error->detail = MemoryContextStrdup(interval->cxt,
+														psprintf("The item ran longer than %lld ms.",
+																 (long long) (call->chunk->handler.item_timeout / 1000)));
+		}
+		if (current < to)
+			result->failed = current;
+	}
+	PG_END_TRY();
+	call->slot->item_no = 0;
+}
+
+/*
+ * Call an on_unlock(key) or on_finish(batch_id, run_no) function n times, args
+ * by args, in one subtransaction, as the session's role.
+ *
+ * Returns false, with everything rolled back and the error in
+ * CurrentMemoryContext, when any call fails.
+ */
+bool
+redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+	ResourceOwner old_owner = CurrentResourceOwner;
+	volatile bool ok = true;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		FmgrInfo	flinfo;
+		UserCode	save;
+		MemoryContext call_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive callback",
+													   ALLOCSET_DEFAULT_SIZES);
+		Oid			funcid = redrive_find_callback(function, on_finish);
+		LOCAL_FCINFO(fcinfo, 2);
+
+		if (!redrive_may_execute(funcid, GetUserId()))
+			ereport(ERROR,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("permission denied for function %s", function),
+					 errhint("Grant EXECUTE on it to the handler's owner.")));
+		fmgr_info(funcid, &flinfo);
+		for (int i = 0; i < n; i++)
+		{
+			MemoryContextReset(call_cxt);
+			MemoryContextSwitchTo(call_cxt);
+			InitFunctionCallInfoData(*fcinfo, &flinfo, on_finish ? 2 : 1, InvalidOid, NULL, NULL);
+			fcinfo->args[0].value = args[on_finish ? 2 * i : i];
+			fcinfo->args[0].isnull = false;
+			if (on_finish)
+			{
+				fcinfo->args[1].value = args[2 * i + 1];
+				fcinfo->args[1].isnull = false;
+			}
+			PushActiveSnapshot(GetTransactionSnapshot());
+			enter_user_code(&save);
+			(void) FunctionCallInvoke(fcinfo);
+			leave_user_code(&save);
+			PopActiveSnapshot();
+			CommandCounterIncrement();
+		}
+		enter_user_code(&save);
+		AfterTriggerSetState(makeNode(ConstraintsSetStmt));
+		leave_user_code(&save);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old_cxt);
+		CurrentResourceOwner = old_owner;
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(old_cxt);
+		*error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(old_cxt);
+		CurrentResourceOwner = old_owner;
+		if (is_ours(*error))
+			ReThrowError(*error);
+		ok = false;
+	}
+	PG_END_TRY();
+	return ok;
+}

@@ -1,0 +1,36 @@
+/*-------------------------------------------------------------------------
+ *
+ * segment.h
+ *	  Run items in a subtransaction.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_SEGMENT_H
+#define REDRIVE_SEGMENT_H
+
+#include "flow/batch.h"
+
+/* What a segment did. */
+typedef struct SegmentResult
+{
+	int			reached;		/* good up to here (exclusive), when error is NULL */
+	int			failed;			/* page index of the item that failed, -1 = not known */
+	ErrorData  *error;			/* NULL = no item failed */
+	bool		live;			/* took a transaction id */
+} SegmentResult;
+
+/* A function prepared to be called for many items. */
+typedef struct RedriveCall RedriveCall;
+
+extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot);
+extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
+								int from, int to, SegmentResult *result);
+extern bool redrive_commit_after_segment(RedriveCall *call);
+extern void redrive_reload_constraints(RedriveCall *call);
+extern bool redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error);
+
+extern void redrive_init_timeouts(bool in_worker);
+extern bool redrive_stop_requested(void);
+extern void redrive_request_stop(SIGNAL_ARGS);
+
+#endif							/* REDRIVE_SEGMENT_H */

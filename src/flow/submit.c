@@ -1,0 +1,626 @@
+/*-------------------------------------------------------------------------
+ *
+ * submit.c
+ *	  Submit batches and items.
+ *
+ * Everything is part of the caller's transaction.  Items are packed into
+ * blocks of neighbours, one row each; a good item never writes again.  The
+ * caller's identity is checked here; rows are stored with our rights.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/shmem.h"
+#include "base/spi_call.h"
+#include "base/wake.h"
+#include "base/xact.h"
+#include "flow/batch.h"
+
+/* A block ends before it has more than this; two fill a page. */
+#define BLOCK_BYTES 3800
+#define BLOCK_ITEMS 128
+#define MAX_KEY_BYTES 1024
+#define FETCH_ROWS 1000
+
+PG_FUNCTION_INFO_V1(redrive_submit);
+PG_FUNCTION_INFO_V1(redrive_submit_query);
+PG_FUNCTION_INFO_V1(redrive_open_batch);
+PG_FUNCTION_INFO_V1(redrive_add_items);
+PG_FUNCTION_INFO_V1(redrive_send);
+
+/* What submit, submit_query and open_batch have in common. */
+typedef struct Submission
+{
+	text	   *handler;
+	Datum		run_at;			/* timestamptz */
+	bool		run_at_isnull;
+	int32		priority;
+	text	   *label;			/* or NULL */
+	text	   *idempotency_key;	/* or NULL */
+
+	/* found out */
+	int32		handler_id;
+	Oid			owner;
+	int16		part;
+	int64		batch_id;
+} Submission;
+
+/* Packs items into blocks. */
+typedef struct BlockWriter
+{
+	int16		part;
+	int64		batch_id;
+	int64		first_no;		/* of the block being filled */
+	int			items;
+	Size		bytes;
+	int64		keys_total;
+	bool		has_key;		/* in the block being filled */
+	Datum		payloads[BLOCK_ITEMS];
+	Datum		keys[BLOCK_ITEMS];
+	bool		key_nulls[BLOCK_ITEMS];
+} BlockWriter;
+
+static RedriveSql find_handler = {
+	"SELECT h.handler_id, h.owner::oid AS owner, h.kind::text AS kind, r.part"
+	" FROM redrive.handlers AS h CROSS JOIN redrive.rotation AS r WHERE h.name = $1",
+	1, {TEXTOID}
+};
+
+static RedriveSql insert_batch = {
+	"INSERT INTO redrive.batches (handler_id, part, state, priority, total, keyed, submitted_by,"
+	" run_at, serve_after, label, idempotency_key, sealed_at)"
+	" VALUES ($1, $2, $3::redrive.batch_state, $4, $5, $6, $7, coalesce($8, now()), coalesce($8, now()), $9, $10,"
+	" CASE WHEN $3 <> 'open' THEN clock_timestamp() END)"
+	" ON CONFLICT (handler_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
+	" RETURNING batch_id",
+	10, {INT4OID, INT2OID, TEXTOID, INT4OID, INT8OID, BOOLOID, OIDOID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+};
+
+static RedriveSql find_idempotent = {
+	"SELECT batch_id FROM redrive.batches WHERE handler_id = $1 AND idempotency_key = $2",
+	2, {INT4OID, TEXTOID}
+};
+
+static RedriveSql insert_block = {
+	"INSERT INTO redrive.item_blocks (part, batch_id, first_no, items, bytes, keys, payloads)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7)",
+	7, {INT2OID, INT8OID, INT8OID, INT4OID, INT4OID, TEXTARRAYOID, JSONBARRAYOID}
+};
+
+/* In key order, so that two submitters wait for each other in one direction. */
+static RedriveSql insert_locks = {
+	"INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)"
+	" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
+	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
+	" ORDER BY u.key"
+	" ON CONFLICT DO NOTHING",
+	4, {INT4OID, INT2OID, INT8OID, INT8OID}
+};
+
+static RedriveSql find_lock_holder = {
+	"SELECT u.key, l.batch_id"
+	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+	" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
+	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
+	" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
+	" LIMIT 1",
+	4, {INT4OID, INT2OID, INT8OID, INT8OID}
+};
+
+static RedriveSql find_open_batch = {
+	"SELECT b.handler_id, b.part, b.state::text AS state, b.total, h.owner::oid AS owner"
+	" FROM redrive.batches AS b JOIN redrive.handlers AS h ON h.handler_id = b.handler_id"
+	" WHERE b.batch_id = $1 FOR UPDATE OF b",
+	1, {INT8OID}
+};
+
+static RedriveSql set_total = {
+	"UPDATE redrive.batches SET total = $2, keyed = keyed OR $3, last_progress_at = clock_timestamp(),"
+	" state = CASE WHEN $4 THEN 'ready'::redrive.batch_state ELSE state END,"
+	" sealed_at = CASE WHEN $4 THEN clock_timestamp() ELSE sealed_at END"
+	" WHERE batch_id = $1",
+	4, {INT8OID, INT8OID, BOOLOID, BOOLOID}
+};
+
+/* Say once per session that nobody will run what is submitted. */
+static void
+notice_not_preloaded(void)
+{
+	static bool said = false;
+
+	if (redrive_shared == NULL && !said)
+	{
+		said = true;
+		ereport(NOTICE,
+				(errmsg("no workers will run this batch"),
+				 errdetail("pg_redrive is not in shared_preload_libraries."),
+				 errhint("Add it and restart the server, or run the work with CALL redrive.work().")));
+	}
+}
+
+/* Refuse a submitter who has not the rights of the handler's owner. */
+static void
+check_member(Oid owner, const char *what)
+{
+	if (!has_privs_of_role(GetUserId(), owner))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for %s", what),
+				 errdetail("It belongs to another role."),
+				 errhint("Ask a member of the owning role to submit, or to grant you its role.")));
+}
+
+/* Look the handler up and check that the caller may submit to it. */
+static void
+resolve_handler(Submission *submission)
+{
+	Datum		values[1] = {PointerGetDatum(submission->handler)};
+	bool		isnull;
+	char	   *name;
+
+	if (submission->handler == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("handler must not be null"),
+				 errhint("Give the name of a handler made with redrive.create_handler().")));
+	name = text_to_cstring(submission->handler);
+	if (redrive_sql(&find_handler, values, NULL) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("handler \"%s\" does not exist", name),
+				 errhint("Create it with redrive.create_handler(), or look at redrive.queue_stats for the names there are.")));
+	submission->handler_id = DatumGetInt32(redrive_column(0, "handler_id", &isnull));
+	submission->owner = DatumGetObjectId(redrive_column(0, "owner", &isnull));
+	submission->part = DatumGetInt16(redrive_column(0, "part", &isnull));
+	check_member(submission->owner, psprintf("handler \"%s\"", name));
+	if (!submission->run_at_isnull && TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(submission->run_at)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("run_at must be a finite time"),
+				 errhint("Use redrive.open_batch() to prepare a batch without a time.")));
+}
+
+/*
+ * Insert the batch row.
+ *
+ * Returns false, with batch_id set, when the idempotency key has been used.
+ */
+static bool
+create_batch(Submission *submission, const char *state, int64 total, bool keyed)
+{
+	Datum		values[10];
+	char		nulls[] = "          ";
+	Datum		idempotent[2];
+
+	values[0] = Int32GetDatum(submission->handler_id);
+	values[1] = Int16GetDatum(submission->part);
+	values[2] = CStringGetTextDatum(state);
+	values[3] = Int32GetDatum(submission->priority);
+	values[4] = Int64GetDatum(total);
+	values[5] = BoolGetDatum(keyed);
+	values[6] = ObjectIdGetDatum(GetUserId());
+	values[7] = submission->run_at;
+	nulls[7] = submission->run_at_isnull ? 'n' : ' ';
+	values[8] = PointerGetDatum(submission->label);
+	nulls[8] = submission->label == NULL ? 'n' : ' ';
+	values[9] = PointerGetDatum(submission->idempotency_key);
+	nulls[9] = submission->idempotency_key == NULL ? 'n' : ' ';
+	if (redrive_sql(&insert_batch, values, nulls) == 1)
+	{
+		submission->batch_id = redrive_int64(0, "batch_id");
+		return true;
+	}
+	idempotent[0] = values[0];
+	idempotent[1] = values[9];
+	redrive_sql_one_row(&find_idempotent, idempotent, NULL);
+	submission->batch_id = redrive_int64(0, "batch_id");
+	return false;
+}
+
+static BlockWriter *
+block_writer(int16 part, int64 batch_id, int64 items_before)
+{
+	BlockWriter *writer = palloc0(sizeof(BlockWriter));
+
+	writer->part = part;
+	writer->batch_id = batch_id;
+	writer->first_no = items_before + 1;
+	return writer;
+}
+
+/* Store the block that is being filled, if there is anything in it. */
+static void
+flush_block(BlockWriter *writer)
+{
+	Datum		values[7];
+	char		nulls[] = "       ";
+	int			dims[1] = {writer->items};
+	int			lbs[1] = {1};
+
+	if (writer->items == 0)
+		return;
+	values[0] = Int16GetDatum(writer->part);
+	values[1] = Int64GetDatum(writer->batch_id);
+	values[2] = Int64GetDatum(writer->first_no);
+	values[3] = Int32GetDatum(writer->items);
+	values[4] = Int32GetDatum((int32) Min(writer->bytes, PG_INT32_MAX));
+	if (writer->has_key)
+		values[5] = PointerGetDatum(construct_md_array(writer->keys, writer->key_nulls, 1, dims, lbs,
+													   TEXTOID, -1, false, TYPALIGN_INT));
+	else
+	{
+		values[5] = (Datum) 0;
+		nulls[5] = 'n';
+	}
+	values[6] = PointerGetDatum(construct_array(writer->payloads, writer->items, JSONBOID, -1, false, TYPALIGN_INT));
+	(void) redrive_sql(&insert_block, values, nulls);
+	pfree(DatumGetPointer(values[6]));
+	if (writer->has_key)
+		pfree(DatumGetPointer(values[5]));
+
+	writer->first_no += writer->items;
+	writer->items = 0;
+	writer->bytes = 0;
+	writer->has_key = false;
+}
+
+/*
+ * Add an item.  The datums must stay valid until the block is stored.
+ */
+static void
+add_item(BlockWriter *writer, Datum payload, Datum key, bool key_isnull)
+{
+	Size		bytes = VARSIZE_ANY(DatumGetPointer(payload));
+
+	if (!key_isnull)
+	{
+		Size		key_bytes = VARSIZE_ANY_EXHDR(DatumGetPointer(key));
+
+		if (key_bytes > MAX_KEY_BYTES)
+			ereport(ERROR,
+					(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+					 errmsg("key is too long"),
+					 errdetail("It has %zu bytes, the limit is %d.", key_bytes, MAX_KEY_BYTES),
+					 errhint("Use a shorter identifier, for example a digest of the long one.")));
+		bytes += key_bytes + VARHDRSZ;
+	}
+	if (writer->items == BLOCK_ITEMS || (writer->items > 0 && writer->bytes + bytes > BLOCK_BYTES))
+		flush_block(writer);
+	writer->payloads[writer->items] = payload;
+	writer->keys[writer->items] = key;
+	writer->key_nulls[writer->items] = key_isnull;
+	if (!key_isnull)
+	{
+		writer->has_key = true;
+		writer->keys_total++;
+	}
+	writer->items++;
+	writer->bytes += bytes;
+}
+
+/* Lock the keys of the items from first_no on. */
+static void
+lock_keys(BlockWriter *writer, int32 handler_id, int64 first_no)
+{
+	Datum		values[4];
+
+	if (writer->keys_total == 0)
+		return;
+	values[0] = Int32GetDatum(handler_id);
+	values[1] = Int16GetDatum(writer->part);
+	values[2] = Int64GetDatum(writer->batch_id);
+	values[3] = Int64GetDatum(first_no);
+	if (redrive_sql(&insert_locks, values, NULL) == writer->keys_total)
+		return;
+	if (redrive_sql(&find_lock_holder, values, NULL) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("a key was locked by a batch that has just ended"),
+				 errhint("Submit again.")));
+	else
+	{
+		char	   *key = redrive_text(0, "key", CurrentMemoryContext);
+		int64		holder = redrive_int64(0, "batch_id");
+
+		if (holder == writer->batch_id)
+			ereport(ERROR,
+					(errcode(ERRCODE_DUPLICATE_OBJECT),
+					 errmsg("key \"%s\" is given twice", key),
+					 errhint("Each key may be live once per handler; leave the key NULL where there is none.")));
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("key \"%s\" is locked", key),
+				 errdetail("Batch %lld holds it.", (long long) holder),
+				 errhint("Wait until its item is final, or cancel that batch; redrive.is_locked() tells.")));
+	}
+}
+
+/* Take payloads and keys apart and check them; *keys is NULL without keys. */
+static int
+deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
+				  Datum **payloads, Datum **keys, bool **key_nulls)
+{
+	bool	   *nulls;
+	int			n;
+	int			n_keys;
+
+	if (payload_array == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("payloads must not be null"),
+				 errhint("Give an array with one jsonb value per item.")));
+	if (ARR_NDIM(payload_array) > 1 || (key_array != NULL && ARR_NDIM(key_array) > 1))
+		ereport(ERROR,
+				(errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
+				 errmsg("payloads and keys must be one-dimensional arrays")));
+	deconstruct_array(payload_array, JSONBOID, -1, false, TYPALIGN_INT, payloads, &nulls, &n);
+	if (n == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("payloads must not be empty"),
+				 errhint("Submit at least one item, or use redrive.open_batch().")));
+	for (int i = 0; i < n; i++)
+		if (nulls[i])
+			ereport(ERROR,
+					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+					 errmsg("payload %d is null", i + 1),
+					 errhint("Use the JSON value null, or an empty object, for an item without data.")));
+	*keys = NULL;
+	*key_nulls = NULL;
+	if (key_array != NULL)
+	{
+		deconstruct_array(key_array, TEXTOID, -1, false, TYPALIGN_INT, keys, key_nulls, &n_keys);
+		if (n_keys != n)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("payloads and keys must have the same length"),
+					 errdetail("There are %d payloads and %d keys.", n, n_keys),
+					 errhint("Give one key per payload; NULL where there is none.")));
+	}
+	return n;
+}
+
+/* Submit a sealed batch of items that are all here. */
+static int64
+submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *key_nulls)
+{
+	bool		keyed = false;
+
+	for (int i = 0; keys != NULL && i < n && !keyed; i++)
+		keyed = !key_nulls[i];
+	redrive_connect();
+	resolve_handler(submission);
+	if (create_batch(submission, "ready", n, keyed))
+	{
+		BlockWriter *writer = block_writer(submission->part, submission->batch_id, 0);
+
+		for (int i = 0; i < n; i++)
+			add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
+		flush_block(writer);
+		lock_keys(writer, submission->handler_id, 1);
+		redrive_wake_at_commit(submission->owner);
+	}
+	redrive_disconnect();
+	notice_not_preloaded();
+	return submission->batch_id;
+}
+
+/* Read the arguments run_at, priority, label and idempotency_key. */
+static void
+common_arguments(FunctionCallInfo fcinfo, Submission *submission, int first)
+{
+	submission->handler = PG_ARGISNULL(0) ? NULL : PG_GETARG_TEXT_PP(0);
+	submission->run_at = PG_GETARG_DATUM(first);
+	submission->run_at_isnull = PG_ARGISNULL(first);
+	submission->priority = PG_ARGISNULL(first + 1) ? 0 : PG_GETARG_INT32(first + 1);
+	submission->label = PG_ARGISNULL(first + 2) ? NULL : PG_GETARG_TEXT_PP(first + 2);
+	submission->idempotency_key = PG_ARGISNULL(first + 3) ? NULL : PG_GETARG_TEXT_PP(first + 3);
+}
+
+/* SQL: submit(handler, payloads, keys, run_at, priority, label, idempotency_key) */
+Datum
+redrive_submit(PG_FUNCTION_ARGS)
+{
+	Submission	submission = {0};
+	Datum	   *payloads;
+	Datum	   *keys;
+	bool	   *key_nulls;
+	int			n;
+
+	common_arguments(fcinfo, &submission, 3);
+	n = deconstruct_items(PG_ARGISNULL(1) ? NULL : PG_GETARG_ARRAYTYPE_P(1),
+						  PG_ARGISNULL(2) ? NULL : PG_GETARG_ARRAYTYPE_P(2),
+						  &payloads, &keys, &key_nulls);
+	PG_RETURN_INT64(submit_items(&submission, n, payloads, keys, key_nulls));
+}
+
+/* SQL: send(handler, payload, key, delay, run_at) */
+Datum
+redrive_send(PG_FUNCTION_ARGS)
+{
+	Submission	submission = {0};
+	Datum		payload;
+	Datum		key;
+	bool		key_isnull = PG_ARGISNULL(2);
+
+	submission.handler = PG_ARGISNULL(0) ? NULL : PG_GETARG_TEXT_PP(0);
+	if (PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("payload must not be null"),
+				 errhint("Use the JSON value null, or an empty object, for an item without data.")));
+	if (!PG_ARGISNULL(3) && !PG_ARGISNULL(4))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("delay and run_at cannot both be given"),
+				 errhint("Give one of them.")));
+	submission.run_at_isnull = true;
+	if (!PG_ARGISNULL(4))
+	{
+		submission.run_at = PG_GETARG_DATUM(4);
+		submission.run_at_isnull = false;
+	}
+	else if (!PG_ARGISNULL(3))
+	{
+		submission.run_at = DirectFunctionCall2(timestamptz_pl_interval,
+												TimestampTzGetDatum(GetCurrentTimestamp()),
+												PG_GETARG_DATUM(3));
+		submission.run_at_isnull = false;
+	}
+	payload = PointerGetDatum(PG_DETOAST_DATUM(PG_GETARG_DATUM(1)));
+	key = key_isnull ? (Datum) 0 : PointerGetDatum(PG_GETARG_TEXT_PP(2));
+	PG_RETURN_INT64(submit_items(&submission, 1, &payload, &key, &key_isnull));
+}
+
+/* SQL: open_batch(handler, run_at, priority, label, idempotency_key) */
+Datum
+redrive_open_batch(PG_FUNCTION_ARGS)
+{
+	Submission	submission = {0};
+
+	common_arguments(fcinfo, &submission, 1);
+	redrive_connect();
+	resolve_handler(&submission);
+	(void) create_batch(&submission, "open", 0, false);
+	redrive_disconnect();
+	PG_RETURN_INT64(submission.batch_id);
+}
+
+/* Store how many items a batch has; ready = seal it. */
+static void
+store_total(int64 batch_id, int64 total, bool keyed, bool ready)
+{
+	Datum		values[4];
+
+	values[0] = Int64GetDatum(batch_id);
+	values[1] = Int64GetDatum(total);
+	values[2] = BoolGetDatum(keyed);
+	values[3] = BoolGetDatum(ready);
+	(void) redrive_sql(&set_total, values, NULL);
+}
+
+/* SQL: add_items(batch_id, payloads, keys) */
+Datum
+redrive_add_items(PG_FUNCTION_ARGS)
+{
+	Datum	   *payloads;
+	Datum	   *keys;
+	bool	   *key_nulls;
+	Datum		values[1];
+	bool		isnull;
+	char	   *state;
+	int32		handler_id;
+	int64		before;
+	BlockWriter *writer;
+	int			n;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("batch_id must not be null")));
+	n = deconstruct_items(PG_ARGISNULL(1) ? NULL : PG_GETARG_ARRAYTYPE_P(1),
+						  PG_ARGISNULL(2) ? NULL : PG_GETARG_ARRAYTYPE_P(2),
+						  &payloads, &keys, &key_nulls);
+	redrive_connect();
+	values[0] = PG_GETARG_DATUM(0);
+	if (redrive_sql(&find_open_batch, values, NULL) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("batch %lld does not exist", (long long) PG_GETARG_INT64(0)),
+				 errhint("See redrive.batch_progress for the batches there are.")));
+	check_member(DatumGetObjectId(redrive_column(0, "owner", &isnull)),
+				 psprintf("batch %lld", (long long) PG_GETARG_INT64(0)));
+	state = redrive_text(0, "state", CurrentMemoryContext);
+	if (strcmp(state, "open") != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("batch %lld is not open", (long long) PG_GETARG_INT64(0)),
+				 errdetail("Its state is \"%s\".", state),
+				 errhint("Items can be added until redrive.seal_batch() is called.")));
+	handler_id = DatumGetInt32(redrive_column(0, "handler_id", &isnull));
+	before = redrive_int64(0, "total");
+	writer = block_writer(DatumGetInt16(redrive_column(0, "part", &isnull)), PG_GETARG_INT64(0), before);
+	for (int i = 0; i < n; i++)
+		add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
+	flush_block(writer);
+	lock_keys(writer, handler_id, before + 1);
+	store_total(PG_GETARG_INT64(0), before + n, writer->keys_total > 0, false);
+	redrive_disconnect();
+	PG_RETURN_INT64(before + n);
+}
+
+/* SQL: submit_query(handler, query, run_at, priority, label, idempotency_key) */
+Datum
+redrive_submit_query(PG_FUNCTION_ARGS)
+{
+	Submission	submission = {0};
+
+	if (PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("query must not be null"),
+				 errhint("Give a query that yields (key text, payload jsonb).")));
+	common_arguments(fcinfo, &submission, 2);
+	redrive_connect();
+	resolve_handler(&submission);
+	if (create_batch(&submission, "open", 0, false))
+	{
+		BlockWriter *writer = block_writer(submission.part, submission.batch_id, 0);
+		Oid			columns[] = {TEXTOID, JSONBOID};
+		RedriveQuery *query = redrive_query_open(text_to_cstring(PG_GETARG_TEXT_PP(1)), 2, columns,
+												 "(key text, payload jsonb)");
+		MemoryContext fetch_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive fetch",
+														ALLOCSET_DEFAULT_SIZES);
+		int			n;
+		int64		total;
+
+		/* the query runs as the caller; only storing switches the identity */
+		while ((n = redrive_query_fetch(query, FETCH_ROWS)) > 0)
+		{
+			MemoryContext old_cxt = MemoryContextSwitchTo(fetch_cxt);
+
+			for (int i = 0; i < n; i++)
+			{
+				bool		key_isnull;
+				bool		payload_isnull;
+				Datum		key = redrive_query_column(query, i, 1, &key_isnull);
+				Datum		payload = redrive_query_column(query, i, 2, &payload_isnull);
+
+				if (payload_isnull)
+					ereport(ERROR,
+							(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+							 errmsg("payload of row " INT64_FORMAT " is null",
+									writer->first_no + writer->items),
+							 errhint("Use the JSON value null, or an empty object, for an item without data.")));
+				add_item(writer, PointerGetDatum(PG_DETOAST_DATUM(payload)), key, key_isnull);
+			}
+			/* the datums of this fetch go away with the next one */
+			flush_block(writer);
+			MemoryContextSwitchTo(old_cxt);
+			MemoryContextReset(fetch_cxt);
+		}
+		redrive_query_close(query);
+		total = writer->first_no - 1;
+		if (total == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("the query returned no rows"),
+					 errhint("Submit at least one item, or use redrive.open_batch().")));
+		lock_keys(writer, submission.handler_id, 1);
+		store_total(submission.batch_id, total, writer->keys_total > 0, true);
+		redrive_wake_at_commit(submission.owner);
+	}
+	redrive_disconnect();
+	notice_not_preloaded();
+	PG_RETURN_INT64(submission.batch_id);
+}

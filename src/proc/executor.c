@@ -1,0 +1,138 @@
+/*-------------------------------------------------------------------------
+ *
+ * executor.c
+ *	  Processes that run chunks, connected as the handlers' owner.
+ *
+ * An executor belongs to one role in one database.  It exits when it has been
+ * idle for a while, when another role needs its place, and after any error
+ * that is not an item's: its chunk has been given back by then, or is found
+ * orphaned by the supervisor.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "commands/extension.h"
+#include "libpq/pqsignal.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/compat.h"
+#include "base/guc.h"
+#include "base/shmem.h"
+#include "base/xact.h"
+#include "flow/execute.h"
+#include "flow/segment.h"
+#include "proc/executor.h"
+
+static bool
+must_leave(RedriveSlot *slot)
+{
+	return redrive_stop_requested() || slot->leave || !redrive_enabled;
+}
+
+/*
+ * What the owner's role or database sets for its sessions must not change how
+ * we keep books.
+ */
+static void
+fix_settings(void)
+{
+	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("default_transaction_deferrable", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("application_name", "redrive executor", PGC_USERSET, PGC_S_SESSION);
+}
+
+/* Run what is due; false when nothing was. */
+static bool
+work_once(RedriveSlot *slot, MemoryContext cxt)
+{
+	bool		worked = false;
+
+	redrive_worker_begin();
+	if (OidIsValid(get_extension_oid("pg_redrive", true)))
+	{
+		while (!must_leave(slot) &&
+			   redrive_execute_next(slot, GetUserId(), cxt, 0))
+		{
+			worked = true;
+			if (ConfigReloadPending)
+			{
+				ConfigReloadPending = false;
+				ProcessConfigFile(PGC_SIGHUP);
+			}
+		}
+	}
+	else
+		slot->leave = true;
+	redrive_worker_end();
+	return worked;
+}
+
+/* Main function of an executor process; arg is its slot. */
+void
+redrive_executor_main(Datum arg)
+{
+	RedriveSlot *slot = &redrive_shared->slots[DatumGetInt32(arg)];
+	uint32		generation;
+	MemoryContext cxt;
+	TimestampTz idle_since;
+	uint32		wait_event;
+
+	memcpy(&generation, MyBgworkerEntry->bgw_extra, sizeof(uint32));
+	if (slot->generation != generation || slot->state != SLOT_STARTING)
+		proc_exit(0);			/* given up by the supervisor */
+	redrive_slot_attach(slot);
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, redrive_request_stop);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(slot->database, slot->owner, REDRIVE_OWNER_CONNECTION_FLAGS);
+	fix_settings();
+	redrive_init_timeouts(true);
+	wait_event = redrive_wait_event("RedriveExecutorIdle");
+	cxt = AllocSetContextCreate(TopMemoryContext, "redrive executor", ALLOCSET_DEFAULT_SIZES);
+	idle_since = GetCurrentTimestamp();
+
+	while (!must_leave(slot))
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+		}
+		slot->state = SLOT_CLAIMING;
+		if (work_once(slot, cxt))
+			idle_since = GetCurrentTimestamp();
+
+		/*
+		 * Say that we are idle, then look once more: a commit before that is
+		 * seen by the look, one after it finds an idle executor to wake.
+		 */
+		slot->state = SLOT_IDLE;
+		pg_memory_barrier();
+		if (work_once(slot, cxt))
+		{
+			idle_since = GetCurrentTimestamp();
+			continue;
+		}
+		if (TimestampDifferenceExceeds(idle_since, GetCurrentTimestamp(), redrive_worker_idle_timeout))
+			break;
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 Max(redrive_worker_idle_timeout, 1), wait_event);
+		ResetLatch(MyLatch);
+	}
+	slot->clean_exit = true;
+	proc_exit(0);
+}

@@ -1,0 +1,399 @@
+/*-------------------------------------------------------------------------
+ *
+ * supervisor.c
+ *	  One process per database that starts executors and rescues orphans.
+ *
+ * Runs with the bootstrap identity and therefore never any code of users.
+ * Sleeps until the next work is due; woken by commits, by executors that end,
+ * and by a slow tick.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
+#include "commands/extension.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/procsignal.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "base/compat.h"
+#include "base/guc.h"
+#include "base/shmem.h"
+#include "base/spi_call.h"
+#include "base/xact.h"
+#include "proc/supervisor.h"
+
+#define TICK_MS 30000
+
+/* An executor that ends within this time did not work; its role waits. */
+#define QUICK_END_US 1000000
+#define PENALTY_US 10000000
+
+/* An executor that this supervisor registered. */
+typedef struct Started
+{
+	RedriveSlot *slot;
+	uint32		generation;
+	Oid			owner;
+	TimestampTz started_at;
+	BackgroundWorkerHandle *handle;
+} Started;
+
+/* A role whose executors end at once, for example because it cannot log in. */
+typedef struct Penalty
+{
+	Oid			owner;
+	TimestampTz until;
+} Penalty;
+
+static RedriveSql orphan_lost = {"SELECT redrive._orphan_lost()", 0, {0}};
+
+static RedriveSql list_owners = {
+	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
+	" FROM redrive._candidates(clock_timestamp()) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
+	0, {0}
+};
+
+static RedriveSql next_due = {
+	"SELECT (extract(epoch FROM redrive._next_due(clock_timestamp()) - clock_timestamp()) * 1000)::bigint AS ms",
+	0, {0}
+};
+
+static MemoryContext supervisor_cxt;	/* what outlives a turn of the loop */
+static List *executors = NIL;	/* of Started */
+static List *penalties = NIL;	/* of Penalty */
+
+static void
+leave_shmem(int code, Datum present)
+{
+	RedriveDatabase *entry;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId, false);
+	if (entry != NULL && entry->pid == MyProcPid)
+	{
+		entry->pid = 0;
+		entry->latch = NULL;
+		entry->starved = false;
+	}
+	LWLockRelease(redrive_shared->lock);
+}
+
+/*
+ * Is the extension there and does its SQL fit?  Says so in shared memory;
+ * a database without it is left alone until somebody creates it.
+ */
+static bool
+extension_present(void)
+{
+	bool		present = OidIsValid(get_extension_oid("pg_redrive", true));
+	RedriveDatabase *entry;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId, false);
+	if (entry != NULL)
+	{
+		entry->present = present;
+		entry->probe = present;
+	}
+	LWLockRelease(redrive_shared->lock);
+	return present;
+}
+
+/* Is there a penalty for this role?  Forgets those that are over. */
+static bool
+has_penalty(Oid owner, TimestampTz now)
+{
+	ListCell   *lc;
+
+	foreach(lc, penalties)
+	{
+		Penalty    *penalty = lfirst(lc);
+
+		if (penalty->until <= now)
+		{
+			penalties = foreach_delete_current(penalties, lc);
+			pfree(penalty);
+		}
+		else if (penalty->owner == owner)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Notice executors that have ended: free slots of those that never came, and
+ * hold back a role whose executors end at once.  Returns whether any ended.
+ */
+static bool
+reap_executors(void)
+{
+	ListCell   *lc;
+	bool		any = false;
+	TimestampTz now = GetCurrentTimestamp();
+
+	foreach(lc, executors)
+	{
+		Started    *started = lfirst(lc);
+		pid_t		pid;
+
+		if (GetBackgroundWorkerPid(started->handle, &pid) != BGWH_STOPPED)
+			continue;
+		any = true;
+		if (started->slot->generation == started->generation && started->slot->state == SLOT_STARTING)
+			redrive_slot_free(started->slot);
+		if (started->slot->generation == started->generation && !started->slot->clean_exit &&
+			now - started->started_at < QUICK_END_US && !has_penalty(started->owner, now))
+		{
+			MemoryContext old_cxt = MemoryContextSwitchTo(supervisor_cxt);
+			Penalty    *penalty = palloc(sizeof(Penalty));
+
+			penalty->owner = started->owner;
+			penalty->until = now + PENALTY_US;
+			penalties = lappend(penalties, penalty);
+			MemoryContextSwitchTo(old_cxt);
+		}
+		executors = foreach_delete_current(executors, lc);
+		pfree(started->handle);
+		pfree(started);
+	}
+	return any;
+}
+
+/* Register an executor; false when there is no slot or no worker process. */
+static bool
+start_executor(Oid owner)
+{
+	BackgroundWorker worker = {0};
+	MemoryContext old_cxt;
+	Started    *started;
+	RedriveSlot *slot = redrive_slot_take(MyDatabaseId, owner, false);
+
+	if (slot == NULL)
+		return false;
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	worker.bgw_notify_pid = MyProcPid;
+	worker.bgw_main_arg = Int32GetDatum((int32) (slot - redrive_shared->slots));
+	memcpy(worker.bgw_extra, &slot->generation, sizeof(uint32));
+	snprintf(worker.bgw_library_name, BGW_MAXLEN, "pg_redrive");
+	snprintf(worker.bgw_function_name, BGW_MAXLEN, "redrive_executor_main");
+	snprintf(worker.bgw_name, BGW_MAXLEN, "redrive executor");
+	snprintf(worker.bgw_type, BGW_MAXLEN, "redrive executor");
+
+	old_cxt = MemoryContextSwitchTo(supervisor_cxt);
+	started = palloc(sizeof(Started));
+	started->slot = slot;
+	started->generation = slot->generation;
+	started->owner = owner;
+	started->started_at = GetCurrentTimestamp();
+	if (!RegisterDynamicBackgroundWorker(&worker, &started->handle))
+	{
+		pfree(started);
+		MemoryContextSwitchTo(old_cxt);
+		redrive_slot_free(slot);
+		return false;
+	}
+	executors = lappend(executors, started);
+	MemoryContextSwitchTo(old_cxt);
+	return true;
+}
+
+/*
+ * Count the executors of a role here that look for work or are coming; they
+ * will find it.
+ */
+static int
+count_available(Oid owner)
+{
+	int			count = 0;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
+	{
+		RedriveSlot *slot = &redrive_shared->slots[i];
+
+		if (slot->database == MyDatabaseId && slot->owner == owner && !slot->foreground &&
+			(slot->state == SLOT_STARTING || slot->state == SLOT_CLAIMING || slot->state == SLOT_IDLE))
+		{
+			count++;
+			if (slot->state == SLOT_IDLE)
+			{
+				slot->state = SLOT_CLAIMING;
+				SetLatch(slot->latch);
+			}
+		}
+	}
+	LWLockRelease(redrive_shared->lock);
+	return count;
+}
+
+/*
+ * A role has work and there is no place for an executor: ask one of another
+ * role to leave, an idle one if there is, else one that works.  A role that
+ * has no executor at all may push another role's out; one that has some may
+ * not.
+ */
+static void
+ask_for_place(Oid owner)
+{
+	RedriveSlot *victim = NULL;
+	bool		has_one = false;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
+	{
+		RedriveSlot *slot = &redrive_shared->slots[i];
+
+		if (slot->state == SLOT_FREE || slot->foreground)
+			continue;
+		if (slot->database == MyDatabaseId && slot->owner == owner)
+			has_one = true;
+		else if (slot->leave)
+			has_one = true;		/* somebody is leaving already */
+		else if (slot->latch != NULL && (victim == NULL || slot->state == SLOT_IDLE))
+			victim = slot;
+	}
+	if (victim != NULL && !has_one)
+	{
+		victim->leave = true;
+		SetLatch(victim->latch);
+	}
+	LWLockRelease(redrive_shared->lock);
+}
+
+/*
+ * Start an executor for each role that has work and none looking for it.
+ * Returns how long to sleep in ms.
+ */
+static long
+dispatch(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	List	   *owners = NIL;
+	ListCell   *lc;
+	uint64		rows;
+	bool		isnull;
+	bool		starved = false;
+	int64		ms;
+	static bool warned = false;
+	RedriveDatabase *entry;
+
+	rows = redrive_sql(&list_owners, NULL, NULL);
+	for (uint64 row = 0; row < rows; row++)
+		owners = lappend_oid(owners, DatumGetObjectId(redrive_column(row, "owner", &isnull)));
+	foreach(lc, owners)
+	{
+		Oid			owner = lfirst_oid(lc);
+
+		if (has_penalty(owner, now) || count_available(owner) > 0)
+			continue;
+		if (!start_executor(owner))
+		{
+			starved = true;
+			ask_for_place(owner);
+		}
+	}
+	if (starved && !warned && redrive_max_workers > 0)
+		ereport(LOG,
+				(errmsg("pg_redrive has work but no free executor"),
+				 errdetail("redrive.max_workers is %d, max_worker_processes %d.", redrive_max_workers, max_worker_processes),
+				 errhint("Work goes on when an executor is free; increase the settings if this is frequent.")));
+	warned = starved;
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId, false);
+	if (entry != NULL)
+	{
+		entry->starved = starved;
+		entry->errors = 0;
+	}
+	LWLockRelease(redrive_shared->lock);
+
+	redrive_sql_one_row(&next_due, NULL, NULL);
+	ms = redrive_int64(0, "ms");
+	(void) redrive_column(0, "ms", &isnull);
+	if (isnull || ms > TICK_MS)
+		ms = TICK_MS;
+	if (starved || penalties != NIL)
+		ms = Min(ms, 1000);
+	return (long) Max(ms + 1, 1);
+}
+
+/* Main function of a supervisor process; arg is the database. */
+void
+redrive_supervisor_main(Datum arg)
+{
+	RedriveDatabase *entry;
+	bool		taken;
+	bool		rescue = true;
+	TimestampTz rescued_at = 0;
+	uint32		wait_event;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
+	wait_event = redrive_wait_event("RedriveSupervisorMain");
+	supervisor_cxt = AllocSetContextCreate(TopMemoryContext, "redrive supervisor", ALLOCSET_DEFAULT_SIZES);
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId, true);
+	taken = entry == NULL || entry->pid != 0;
+	if (!taken)
+	{
+		entry->pid = MyProcPid;
+		entry->latch = MyLatch;
+	}
+	LWLockRelease(redrive_shared->lock);
+	if (taken)
+		proc_exit(0);
+	before_shmem_exit(leave_shmem, 0);
+
+	while (!ShutdownRequestPending)
+	{
+		long		sleep_ms = TICK_MS;
+
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+		}
+		ResetLatch(MyLatch);
+		if (reap_executors())
+			rescue = true;
+
+		redrive_worker_begin();
+		if (!extension_present())
+		{
+			redrive_worker_end();
+			break;
+		}
+		if (rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
+		{
+			(void) redrive_sql(&orphan_lost, NULL, NULL);
+			redrive_commit();
+			rescue = false;
+			rescued_at = GetCurrentTimestamp();
+		}
+		if (redrive_enabled)
+			sleep_ms = dispatch();
+		redrive_worker_end();
+
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
+	}
+	proc_exit(0);
+}

@@ -1,0 +1,145 @@
+# Helpers of the TAP tests: a server with pg_redrive, and waits that survive its restarts.
+package RedriveTest;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(time usleep);
+
+our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit);
+
+# Seconds that one wait may take.
+my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
+
+# Return a started server with pg_redrive and pg_cron preloaded.  Options:
+#   conf       more settings, a string of postgresql.conf lines; they win
+#   restart_after_crash   default on (the module's own default is off)
+#   streaming  true: standbys may follow it
+#   extension  create the extension in postgres; default true
+#   start      default true
+sub new_node
+{
+	my ($name, %opt) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $restart = ($opt{restart_after_crash} // 1) ? 'on' : 'off';
+
+	$node->init(
+		allows_streaming => $opt{streaming} ? 1 : 0,
+		extra => [ '--locale=C.UTF-8', '--encoding=UTF8' ]);
+	$node->append_conf(
+		'postgresql.conf', qq{
+shared_preload_libraries = 'pg_cron,pg_redrive'
+cron.database_name = 'postgres'
+cron.use_background_workers = on
+max_worker_processes = 32
+max_prepared_transactions = 8
+restart_after_crash = $restart
+});
+	$node->append_conf('postgresql.conf', $opt{conf}) if defined $opt{conf};
+	if ($opt{start} // 1)
+	{
+		$node->start;
+		$node->safe_psql('postgres', 'CREATE EXTENSION pg_redrive')
+		  if $opt{extension} // 1;
+	}
+	return $node;
+}
+
+# Run one query; return (result, error), the result undef if it failed.
+# Unlike safe_psql it never dies, so it may be asked of a server that is
+# restarting.
+sub query
+{
+	my ($node, $sql, $dbname) = @_;
+	my ($out, $err) = ('', '');
+	my $rc = eval {
+		$node->psql($dbname // 'postgres', $sql,
+			stdout => \$out, stderr => \$err, on_error_stop => 1);
+	};
+
+	return (undef, $@) if $@;
+	return (undef, $err) if !defined $rc || $rc != 0;
+	return ($out, $err);
+}
+
+# Wait until the query's result is the one expected (default t); return whether
+# it became so in time.  The server may stop and start meanwhile.
+sub poll_until
+{
+	my ($node, $sql, $expected, %opt) = @_;
+	my $end = time() + ($opt{timeout} // $timeout);
+	my ($out, $err);
+
+	$expected //= 't';
+	do
+	{
+		($out, $err) = query($node, $sql, $opt{dbname});
+		return 1 if defined $out && $out eq $expected;
+		usleep(50_000);
+	} while (time() < $end);
+
+	$out //= '(none)';
+	diag("timed out waiting for: $sql\nexpected: $expected\nlast result: $out\nlast error: $err");
+	return 0;
+}
+
+# Wait until the process is gone; return whether it is.  A zombie counts as gone:
+# it holds nothing, and in a container nobody may reap it.
+sub wait_for_exit
+{
+	my ($pid) = @_;
+	my $end = time() + $timeout;
+
+	while (kill(0, $pid))
+	{
+		if (open(my $stat, '<', "/proc/$pid/stat"))
+		{
+			my $line = <$stat> // '';
+			return 1 if $line =~ /^\d+ \(.*\) Z /;
+		}
+		return 0 if time() > $end;
+		usleep(20_000);
+	}
+	return 1;
+}
+
+# Kill -9 the process whose id the query returns, and wait until it is gone.
+# Return its id.
+sub kill_and_wait
+{
+	my ($node, $sql) = @_;
+	my ($pid, $err) = query($node, $sql);
+
+	die "no process to kill: $sql: " . ($err // '')
+	  unless defined $pid && $pid =~ /^\d+$/;
+	kill('KILL', $pid) or die "could not kill $pid: $!";
+	wait_for_exit($pid) or die "process $pid did not exit";
+	return $pid;
+}
+
+# Kill -9 the postmaster and wait until it and its children are gone, so that
+# the node can be started again.
+sub kill_postmaster
+{
+	my ($node) = @_;
+	my $pidfile = $node->data_dir . '/postmaster.pid';
+	my ($postmaster) = split /\n/, slurp_file($pidfile);
+	my ($children, $err) = query($node,
+		"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE pid <> pg_backend_pid()");
+
+	$node->kill9;
+	foreach my $pid ($postmaster, split(/ /, $children // ''))
+	{
+		wait_for_exit($pid) or die "process $pid did not exit";
+	}
+
+	# a zombie still answers to kill(0), which makes the next start refuse
+	unlink $pidfile, $node->host . '/.s.PGSQL.' . $node->port . '.lock';
+	return;
+}
+
+1;
