@@ -151,7 +151,7 @@ CREATE TABLE redrive.chunks (
 CREATE INDEX chunks_unfolded_idx ON redrive.chunks (batch_id) WHERE NOT folded;
 CREATE INDEX chunks_running_idx ON redrive.chunks (handler_id) WHERE state = 'running';
 CREATE INDEX chunks_orphaned_idx ON redrive.chunks (handler_id) WHERE state = 'orphaned';
-CREATE INDEX chunks_part_idx ON redrive.chunks (part);
+CREATE INDEX chunks_batch_id_idx ON redrive.chunks (batch_id);
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE state = 'done';
 
 CREATE TABLE redrive.failures (

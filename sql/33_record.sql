@@ -144,8 +144,8 @@ BEGIN
     SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
     WITH freed AS (
         DELETE FROM redrive.locks AS l
-        USING redrive.items AS i
-        WHERE i.part = b.part AND i.batch_id = b.batch_id AND i.item_no BETWEEN p_from AND p_to AND i.key IS NOT NULL
+        USING redrive._items(b.part, b.batch_id, p_from, p_to) AS i
+        WHERE i.key IS NOT NULL
           AND l.handler_id = b.handler_id AND l.key = i.key AND l.batch_id = b.batch_id AND l.item_no = i.item_no
           AND (p_chunk_id IS NULL OR EXISTS (
                 SELECT FROM redrive.failures AS f

@@ -70,7 +70,9 @@ SELECT l.batch_id, l.part, l.state, l.run_at, l.sealed_at, l.last_progress_at, l
     CASE WHEN l.state IN ('running', 'retrying') AND coalesce(u.running_chunks, 0) = 0 AND (l.claimed_to < l.total OR u.orphaned_chunks > 0)
          THEN greatest(l.last_progress_at, u.progress_at) + v.stale_after END AS idle_from,
     CASE WHEN l.claimed_to = l.total AND coalesce(u.running_chunks + u.orphaned_chunks, 0) = 0
-              AND (l.state IN ('running', 'cancelled') OR (l.state = 'retrying' AND (u.done_chunks > 0 OR l.waiting = 0)))
+              AND (l.state = 'cancelled'
+                   OR (l.state IN ('running', 'retrying')
+                       AND (u.done_chunks > 0 OR l.waiting = 0 OR (l.state = 'running' AND l.next_retry_at IS NULL))))
          THEN greatest(l.last_progress_at, u.progress_at) + interval '1 min' END AS unfinished_from,
     CASE WHEN l.state = 'retrying' AND l.next_retry_at IS NULL THEN l.attempted_at END AS failed_from,
     l.state IN ('running', 'retrying') AS may_be_overdue,
@@ -83,7 +85,7 @@ SELECT l.batch_id, l.part, l.state, l.run_at, l.sealed_at, l.last_progress_at, l
             l.next_retry_at + interval '1 min',
             l.oldest_failure_at + v.retry_window,
             CASE WHEN l.claimed_to < l.total OR u.orphaned_chunks > 0 THEN greatest(l.last_progress_at, u.progress_at) + v.stale_after
-                 WHEN l.next_retry_at IS NULL OR l.waiting = 0 OR u.done_chunks > 0 OR l.state <> 'retrying' THEN l.last_progress_at END,
+                 WHEN l.next_retry_at IS NULL OR l.waiting = 0 OR u.done_chunks > 0 THEN l.last_progress_at END,
             CASE WHEN l.next_retry_at IS NULL THEN l.oldest_failure_at END)
     END) AS look_from
 FROM (

@@ -52,9 +52,10 @@ SELECT p.batch_id, p.handler, p.label, p.state, p.run_no, p.total,
     p.succeeded, p.ignored, p.failed, p.cancelled, p.waiting, p.running, p.pending,
     CASE WHEN p.total > 0 THEN (p.final * 1000 / p.total)::numeric(5) * 0.1
          WHEN p.state = 'finished' THEN 100.0 END AS percent_done,
-    round(p.rate::numeric, CASE WHEN p.rate < 10 THEN 1 ELSE 0 END) AS items_per_second,
-    CASE WHEN p.state IN ('running', 'retrying') AND p.rate > 0
-         THEN make_interval(secs => ceil(least((p.total - p.final) / p.rate, 1e9))) END AS time_left,
+    round(p.rate::numeric, CASE WHEN p.rate < 1 THEN 3 WHEN p.rate < 10 THEN 1 ELSE 0 END) AS items_per_second,
+    CASE WHEN p.state NOT IN ('running', 'retrying') THEN NULL
+         WHEN p.running + p.pending = 0 THEN date_trunc('second', greatest(p.next_retry_at - now(), interval '0'))
+         WHEN p.rate > 0 THEN make_interval(secs => ceil(least((p.running + p.pending) / p.rate, 1e9))) END AS time_left,
     p.created_at, p.started_at, p.last_progress_at, p.finished_at,
     p.priority, p.run_at, p.next_retry_at, p.pause_reason
 FROM (
@@ -192,7 +193,7 @@ LEFT JOIN (
 CREATE VIEW redrive.workers WITH (security_barrier) AS
 SELECT s.pid, s.kind, v.name AS handler, s.batch_id, s.chunk_id, s.state, s.item_no,
     s.item_started_at, s.open_succeeded, s.open_failed,
-    round(s.items_per_second::numeric, CASE WHEN s.items_per_second < 10 THEN 1 ELSE 0 END) AS items_per_second,
+    round(s.items_per_second::numeric, CASE WHEN s.items_per_second < 1 THEN 3 WHEN s.items_per_second < 10 THEN 1 ELSE 0 END) AS items_per_second,
     s.claimed_at, pg_get_userbyid(s.owner) AS role, s.started_at
 FROM redrive._slots() AS s
 LEFT JOIN redrive._visible AS v ON v.handler_id = s.handler_id

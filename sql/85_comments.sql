@@ -199,7 +199,7 @@ COMMENT ON COLUMN redrive.batch_progress.running IS 'In the hands of a worker';
 COMMENT ON COLUMN redrive.batch_progress.pending IS 'Not yet given to a worker';
 COMMENT ON COLUMN redrive.batch_progress.percent_done IS 'Items that are final, of all';
 COMMENT ON COLUMN redrive.batch_progress.items_per_second IS 'Rate of the workers now, else the average so far';
-COMMENT ON COLUMN redrive.batch_progress.time_left IS 'Estimate at this rate; NULL when it does not run';
+COMMENT ON COLUMN redrive.batch_progress.time_left IS 'Until all is attempted, at this rate; when that is done, until the next retry; NULL = not known';
 COMMENT ON COLUMN redrive.batch_progress.created_at IS 'When it was submitted or opened';
 COMMENT ON COLUMN redrive.batch_progress.started_at IS 'When its first item was claimed';
 COMMENT ON COLUMN redrive.batch_progress.last_progress_at IS 'Last sign of progress';

@@ -14,14 +14,27 @@ LANGUAGE sql STABLE AS $$
 $$;
 COMMENT ON FUNCTION redrive._user_routines IS 'Functions that grant_user() grants';
 
+-- GRANT takes even a quoted "public" for everybody.
+CREATE FUNCTION redrive._check_role(role name) RETURNS void
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION 'role must not be null' USING ERRCODE = '22004', HINT = 'Give the name of a role.';
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
+        RAISE EXCEPTION 'role "%" does not exist', role USING ERRCODE = '42704',
+            HINT = CASE WHEN role = 'public' THEN 'Rights are given to single roles, not to everybody.' ELSE 'See pg_roles for the roles there are.' END;
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION redrive._check_role IS 'Raise an error unless a role of this name exists';
+
 CREATE FUNCTION redrive._grant_views(role name) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_name text;
 BEGIN
-    IF role IS NULL THEN
-        RAISE EXCEPTION 'role must not be null' USING ERRCODE = '22004', HINT = 'Give the name of a role.';
-    END IF;
+    PERFORM redrive._check_role(role);
     EXECUTE format('GRANT USAGE ON SCHEMA redrive TO %I', role);
     FOR v_name IN
         SELECT format('redrive.%I', c.relname)
@@ -66,9 +79,7 @@ COMMENT ON FUNCTION redrive.grant_monitor IS
 CREATE FUNCTION redrive.revoke_user(role name) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF role IS NULL THEN
-        RAISE EXCEPTION 'role must not be null' USING ERRCODE = '22004', HINT = 'Give the name of a role.';
-    END IF;
+    PERFORM redrive._check_role(role);
     EXECUTE format('REVOKE ALL ON ALL ROUTINES IN SCHEMA redrive FROM %I', role);
     EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA redrive FROM %I', role);
     EXECUTE format('REVOKE ALL ON SCHEMA redrive FROM %I', role);

@@ -18,8 +18,10 @@
 typedef enum SlotState
 {
 	SLOT_FREE,					/* -> STARTING, or CLAIMING in the foreground */
-	SLOT_STARTING,				/* registered, process not there yet -> CLAIMING, FREE */
-	SLOT_CLAIMING,				/* looks for work -> RUNNING, CALLBACKS, IDLE, FREE */
+	SLOT_STARTING,				/* registered, process not there yet ->
+								 * CLAIMING, FREE */
+	SLOT_CLAIMING,				/* looks for work -> RUNNING, CALLBACKS, IDLE,
+								 * FREE */
 	SLOT_RUNNING,				/* in a chunk -> CLAIMING, FREE */
 	SLOT_CALLBACKS,				/* runs callbacks -> CLAIMING, FREE */
 	SLOT_IDLE					/* waits for its latch -> CLAIMING, FREE */
@@ -58,7 +60,8 @@ typedef struct RedriveDatabase
 	Oid			database;		/* InvalidOid = free entry */
 	bool		present;		/* last seen with the extension */
 	bool		probe;			/* the launcher shall (re)start a supervisor */
-	bool		starved;		/* a role has work but no executor could be had */
+	bool		starved;		/* a role has work but no executor could be
+								 * had */
 	pid_t		pid;			/* of the supervisor, 0 = none */
 	Latch	   *latch;
 	TimestampTz retry_at;		/* not before this time, after an error */

@@ -155,6 +155,14 @@ redrive_text(int row, const char *name, MemoryContext cxt)
 	return result;
 }
 
+/* Free the rows of the last statement, when they are many. */
+void
+redrive_free_rows(void)
+{
+	SPI_freetuptable(SPI_tuptable);
+	SPI_tuptable = NULL;
+}
+
 /* Forget the plan of a statement that was made for one call. */
 void
 redrive_free_plan(RedriveSql *sql)

@@ -18,7 +18,8 @@ typedef struct RedriveSql
 	const char *text;
 	int			nargs;
 	Oid			argtypes[REDRIVE_MAX_ARGS];
-	SPIPlanPtr	plan;			/* made at first use, lives as long as the backend */
+	SPIPlanPtr	plan;			/* made at first use, lives as long as the
+								 * backend */
 } RedriveSql;
 
 /* A user's query that is being read, with the caller's rights. */
@@ -36,6 +37,7 @@ extern Datum redrive_column(int row, const char *name, bool *isnull);
 extern int64 redrive_int64(int row, const char *name);
 extern bool redrive_bool(int row, const char *name);
 extern char *redrive_text(int row, const char *name, MemoryContext cxt);
+extern void redrive_free_rows(void);
 extern void redrive_free_plan(RedriveSql *sql);
 extern RedriveQuery *redrive_query_open(const char *text, int ncolumns, Oid *types, const char *expected);
 extern int	redrive_query_fetch(RedriveQuery *query, int rows);

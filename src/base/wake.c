@@ -26,7 +26,8 @@ static int	n_owners = 0;		/* MAX_OWNERS + 1 = too many, wake everybody */
 static bool several = false;	/* more than one wake-up of an owner */
 static bool batch_ended = false;
 static bool created = false;
-static bool supervisor = false; /* something becomes due that it has to wait for */
+static bool supervisor = false; /* something becomes due that it has to wait
+								 * for */
 
 PG_FUNCTION_INFO_V1(redrive__wake);
 PG_FUNCTION_INFO_V1(redrive__created);

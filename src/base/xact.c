@@ -57,6 +57,22 @@ redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what)
 				 errhint("CALL it at top level, outside BEGIN and outside functions.")));
 }
 
+/* Begin a transaction that only reads catalogs, without SPI. */
+void
+redrive_catalog_begin(void)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	(void) GetTransactionSnapshot();
+}
+
+/* End it. */
+void
+redrive_catalog_end(void)
+{
+	CommitTransactionCommand();
+}
+
 /* Begin a transaction of a worker, connected to SPI. */
 void
 redrive_worker_begin(void)

@@ -12,6 +12,8 @@
 
 extern void redrive_connect(void);
 extern void redrive_disconnect(void);
+extern void redrive_catalog_begin(void);
+extern void redrive_catalog_end(void);
 extern void redrive_worker_begin(void);
 extern void redrive_worker_end(void);
 extern void redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what);

@@ -104,16 +104,20 @@ typedef struct RedriveChunk
 	int64		done;			/* items committed under this claim */
 	bool		started;		/* the handler could be prepared */
 	bool		ended;			/* all of it is committed */
-	bool		commit_failed;	/* an interval of one item could not be committed */
+	bool		commit_failed;	/* an interval of one item could not be
+								 * committed */
 	List	   *rules;			/* classification rules that matched */
 	Oid			function;		/* of the handler, looked up at the start */
-	bool		commit_each;	/* a commit failed: one item per transaction up to alone_to */
-	int			alone_to;		/* page index up to which segments have one item */
+	bool		commit_each;	/* a commit failed: one item per transaction
+								 * up to alone_to */
+	int			alone_to;		/* page index up to which segments have one
+								 * item */
 
 	MemoryContext page_cxt;
 	RedriveItem *page;
 	int			page_items;
-	int			page_next;		/* first item of the page that is not committed */
+	int			page_next;		/* first item of the page that is not
+								 * committed */
 	int64		page_to;		/* item_no up to which the page reaches */
 } RedriveChunk;
 

@@ -16,6 +16,7 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "base/guc.h"
@@ -246,6 +247,8 @@ redrive_fetch_page(RedriveChunk *chunk)
 
 	old_cxt = MemoryContextSwitchTo(chunk->page_cxt);
 	page = palloc(room * sizeof(RedriveItem));
+	/* large payloads are stored out of line */
+	PushActiveSnapshot(GetTransactionSnapshot());
 	for (uint64 row = 0; row < rows; row++)
 	{
 		if (chunk->retry)
@@ -253,8 +256,9 @@ redrive_fetch_page(RedriveChunk *chunk)
 		else
 			unpack_block(chunk, row, &page, &n, &room);
 	}
+	PopActiveSnapshot();
 	MemoryContextSwitchTo(old_cxt);
-	SPI_freetuptable(SPI_tuptable);
+	redrive_free_rows();
 	chunk->page = page;
 	chunk->page_items = n;
 	return n > 0;

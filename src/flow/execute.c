@@ -108,7 +108,8 @@ settle_failure(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot
 static void
 run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot, int to)
 {
-	int			resume = -1;	/* after this failed item once those before it are replayed */
+	int			resume = -1;	/* after this failed item once those before it
+								 * are replayed */
 
 	while (interval->end < to)
 	{
@@ -150,7 +151,7 @@ run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, 
 	while (interval->end < chunk->page_items && !interval_full(chunk, interval))
 	{
 		int			length = interval->end < chunk->alone_to || chunk->handler.one_by_one ? 1 :
-			segment_length(chunk->failure_rate);
+		segment_length(chunk->failure_rate);
 
 		run_range(call, chunk, interval, slot, Min(interval->end + length, chunk->page_items));
 		if (redrive_commit_after_segment(call))
@@ -174,7 +175,7 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	bool		last_page = chunk->page_items == 0 ||
-		chunk->page[chunk->page_items - 1].item_no >= chunk->to_no;
+	chunk->page[chunk->page_items - 1].item_no >= chunk->to_no;
 	bool		ends_chunk = interval->end == chunk->page_items && last_page;
 	volatile bool live = true;
 	ErrorData  *volatile error = NULL;

@@ -44,8 +44,10 @@ struct RedriveCall
 	FunctionCallInfo fcinfo;
 	TupleDesc	item_desc;		/* of redrive.item, for that signature */
 	MemoryContext item_cxt;		/* reset for each item */
-	List	   *deferred;		/* of RangeVar: constraints that are initially deferred */
-	bool		cannot_restore; /* names are ambiguous: commit after each segment */
+	List	   *deferred;		/* of RangeVar: constraints that are initially
+								 * deferred */
+	bool		cannot_restore; /* names are ambiguous: commit after each
+								 * segment */
 };
 
 /* Identity and settings around code of users. */
@@ -359,7 +361,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		}
 		result->reached = current;
 		MemoryContextSwitchTo(call->item_cxt);
-		current = to;			/* an error from here on is nobody's in particular */
+		current = to;			/* an error from here on is nobody's in
+								 * particular */
 		fire_deferred(call);
 		result->live = TransactionIdIsValid(GetCurrentTransactionIdIfAny());
 		ReleaseCurrentSubTransaction();
@@ -415,6 +418,7 @@ redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, 
 		MemoryContext call_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive callback",
 													   ALLOCSET_DEFAULT_SIZES);
 		Oid			funcid = redrive_find_callback(function, on_finish);
+
 		LOCAL_FCINFO(fcinfo, 2);
 
 		if (!redrive_may_execute(funcid, GetUserId()))

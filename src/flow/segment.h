@@ -13,8 +13,10 @@
 /* What a segment did. */
 typedef struct SegmentResult
 {
-	int			reached;		/* good up to here (exclusive), when error is NULL */
-	int			failed;			/* page index of the item that failed, -1 = not known */
+	int			reached;		/* good up to here (exclusive), when error is
+								 * NULL */
+	int			failed;			/* page index of the item that failed, -1 =
+								 * not known */
 	ErrorData  *error;			/* NULL = no item failed */
 	bool		live;			/* took a transaction id */
 } SegmentResult;

@@ -23,12 +23,8 @@
 #include "base/spi_call.h"
 #include "base/wake.h"
 #include "base/xact.h"
-#include "flow/batch.h"
+#include "flow/block.h"
 
-/* A block ends before it has more than this; two fill a page. */
-#define BLOCK_BYTES 3800
-#define BLOCK_ITEMS 128
-#define MAX_KEY_BYTES 1024
 #define FETCH_ROWS 1000
 
 PG_FUNCTION_INFO_V1(redrive_submit);
@@ -54,21 +50,6 @@ typedef struct Submission
 	int64		batch_id;
 } Submission;
 
-/* Packs items into blocks. */
-typedef struct BlockWriter
-{
-	int16		part;
-	int64		batch_id;
-	int64		first_no;		/* of the block being filled */
-	int			items;
-	Size		bytes;
-	int64		keys_total;
-	bool		has_key;		/* in the block being filled */
-	Datum		payloads[BLOCK_ITEMS];
-	Datum		keys[BLOCK_ITEMS];
-	bool		key_nulls[BLOCK_ITEMS];
-} BlockWriter;
-
 static RedriveSql find_handler = {
 	"SELECT h.handler_id, h.owner::oid AS owner, h.kind::text AS kind, r.part"
 	" FROM redrive.handlers AS h CROSS JOIN redrive.rotation AS r WHERE h.name = $1",
@@ -88,33 +69,6 @@ static RedriveSql insert_batch = {
 static RedriveSql find_idempotent = {
 	"SELECT batch_id FROM redrive.batches WHERE handler_id = $1 AND idempotency_key = $2",
 	2, {INT4OID, TEXTOID}
-};
-
-static RedriveSql insert_block = {
-	"INSERT INTO redrive.item_blocks (part, batch_id, first_no, items, bytes, keys, payloads)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7)",
-	7, {INT2OID, INT8OID, INT8OID, INT4OID, INT4OID, TEXTARRAYOID, JSONBARRAYOID}
-};
-
-/* In key order, so that two submitters wait for each other in one direction. */
-static RedriveSql insert_locks = {
-	"INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)"
-	" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
-	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
-	" ORDER BY u.key"
-	" ON CONFLICT DO NOTHING",
-	4, {INT4OID, INT2OID, INT8OID, INT8OID}
-};
-
-static RedriveSql find_lock_holder = {
-	"SELECT u.key, l.batch_id"
-	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-	" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
-	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
-	" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
-	" LIMIT 1",
-	4, {INT4OID, INT2OID, INT8OID, INT8OID}
 };
 
 static RedriveSql find_open_batch = {
@@ -227,124 +181,6 @@ create_batch(Submission *submission, const char *state, int64 total, bool keyed)
 	return false;
 }
 
-static BlockWriter *
-block_writer(int16 part, int64 batch_id, int64 items_before)
-{
-	BlockWriter *writer = palloc0(sizeof(BlockWriter));
-
-	writer->part = part;
-	writer->batch_id = batch_id;
-	writer->first_no = items_before + 1;
-	return writer;
-}
-
-/* Store the block that is being filled, if there is anything in it. */
-static void
-flush_block(BlockWriter *writer)
-{
-	Datum		values[7];
-	char		nulls[] = "       ";
-	int			dims[1] = {writer->items};
-	int			lbs[1] = {1};
-
-	if (writer->items == 0)
-		return;
-	values[0] = Int16GetDatum(writer->part);
-	values[1] = Int64GetDatum(writer->batch_id);
-	values[2] = Int64GetDatum(writer->first_no);
-	values[3] = Int32GetDatum(writer->items);
-	values[4] = Int32GetDatum((int32) Min(writer->bytes, PG_INT32_MAX));
-	if (writer->has_key)
-		values[5] = PointerGetDatum(construct_md_array(writer->keys, writer->key_nulls, 1, dims, lbs,
-													   TEXTOID, -1, false, TYPALIGN_INT));
-	else
-	{
-		values[5] = (Datum) 0;
-		nulls[5] = 'n';
-	}
-	values[6] = PointerGetDatum(construct_array(writer->payloads, writer->items, JSONBOID, -1, false, TYPALIGN_INT));
-	(void) redrive_sql(&insert_block, values, nulls);
-	pfree(DatumGetPointer(values[6]));
-	if (writer->has_key)
-		pfree(DatumGetPointer(values[5]));
-
-	writer->first_no += writer->items;
-	writer->items = 0;
-	writer->bytes = 0;
-	writer->has_key = false;
-}
-
-/*
- * Add an item.  The datums must stay valid until the block is stored.
- */
-static void
-add_item(BlockWriter *writer, Datum payload, Datum key, bool key_isnull)
-{
-	Size		bytes = VARSIZE_ANY(DatumGetPointer(payload));
-
-	if (!key_isnull)
-	{
-		Size		key_bytes = VARSIZE_ANY_EXHDR(DatumGetPointer(key));
-
-		if (key_bytes > MAX_KEY_BYTES)
-			ereport(ERROR,
-					(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
-					 errmsg("key is too long"),
-					 errdetail("It has %zu bytes, the limit is %d.", key_bytes, MAX_KEY_BYTES),
-					 errhint("Use a shorter identifier, for example a digest of the long one.")));
-		bytes += key_bytes + VARHDRSZ;
-	}
-	if (writer->items == BLOCK_ITEMS || (writer->items > 0 && writer->bytes + bytes > BLOCK_BYTES))
-		flush_block(writer);
-	writer->payloads[writer->items] = payload;
-	writer->keys[writer->items] = key;
-	writer->key_nulls[writer->items] = key_isnull;
-	if (!key_isnull)
-	{
-		writer->has_key = true;
-		writer->keys_total++;
-	}
-	writer->items++;
-	writer->bytes += bytes;
-}
-
-/* Lock the keys of the items from first_no on. */
-static void
-lock_keys(BlockWriter *writer, int32 handler_id, int64 first_no)
-{
-	Datum		values[4];
-
-	if (writer->keys_total == 0)
-		return;
-	values[0] = Int32GetDatum(handler_id);
-	values[1] = Int16GetDatum(writer->part);
-	values[2] = Int64GetDatum(writer->batch_id);
-	values[3] = Int64GetDatum(first_no);
-	if (redrive_sql(&insert_locks, values, NULL) == writer->keys_total)
-		return;
-	if (redrive_sql(&find_lock_holder, values, NULL) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("a key was locked by a batch that has just ended"),
-				 errhint("Submit again.")));
-	else
-	{
-		char	   *key = redrive_text(0, "key", CurrentMemoryContext);
-		int64		holder = redrive_int64(0, "batch_id");
-
-		if (holder == writer->batch_id)
-			ereport(ERROR,
-					(errcode(ERRCODE_DUPLICATE_OBJECT),
-					 errmsg("key \"%s\" is given twice", key),
-					 errhint("Each key may be live once per handler; leave the key NULL where there is none.")));
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("key \"%s\" is locked", key),
-				 errdetail("Batch %lld holds it.", (long long) holder),
-				 errhint("Wait until its item is final, or cancel that batch; redrive.is_locked() tells.")));
-	}
-}
-
 /* Take payloads and keys apart and check them; *keys is NULL without keys. */
 static int
 deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
@@ -402,12 +238,12 @@ submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *
 	resolve_handler(submission);
 	if (create_batch(submission, "ready", n, keyed))
 	{
-		BlockWriter *writer = block_writer(submission->part, submission->batch_id, 0);
+		BlockWriter *writer = redrive_block_writer(submission->part, submission->batch_id, 0);
 
 		for (int i = 0; i < n; i++)
-			add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
-		flush_block(writer);
-		lock_keys(writer, submission->handler_id, 1);
+			redrive_add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
+		redrive_flush_block(writer);
+		redrive_lock_keys(writer, submission->handler_id, 1);
 		redrive_wake_at_commit(submission->owner);
 	}
 	redrive_disconnect();
@@ -549,11 +385,11 @@ redrive_add_items(PG_FUNCTION_ARGS)
 				 errhint("Items can be added until redrive.seal_batch() is called.")));
 	handler_id = DatumGetInt32(redrive_column(0, "handler_id", &isnull));
 	before = redrive_int64(0, "total");
-	writer = block_writer(DatumGetInt16(redrive_column(0, "part", &isnull)), PG_GETARG_INT64(0), before);
+	writer = redrive_block_writer(DatumGetInt16(redrive_column(0, "part", &isnull)), PG_GETARG_INT64(0), before);
 	for (int i = 0; i < n; i++)
-		add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
-	flush_block(writer);
-	lock_keys(writer, handler_id, before + 1);
+		redrive_add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
+	redrive_flush_block(writer);
+	redrive_lock_keys(writer, handler_id, before + 1);
 	store_total(PG_GETARG_INT64(0), before + n, writer->keys_total > 0, false);
 	redrive_disconnect();
 	PG_RETURN_INT64(before + n);
@@ -575,7 +411,7 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 	resolve_handler(&submission);
 	if (create_batch(&submission, "open", 0, false))
 	{
-		BlockWriter *writer = block_writer(submission.part, submission.batch_id, 0);
+		BlockWriter *writer = redrive_block_writer(submission.part, submission.batch_id, 0);
 		Oid			columns[] = {TEXTOID, JSONBOID};
 		RedriveQuery *query = redrive_query_open(text_to_cstring(PG_GETARG_TEXT_PP(1)), 2, columns,
 												 "(key text, payload jsonb)");
@@ -602,10 +438,10 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 							 errmsg("payload of row " INT64_FORMAT " is null",
 									writer->first_no + writer->items),
 							 errhint("Use the JSON value null, or an empty object, for an item without data.")));
-				add_item(writer, PointerGetDatum(PG_DETOAST_DATUM(payload)), key, key_isnull);
+				redrive_add_item(writer, PointerGetDatum(PG_DETOAST_DATUM(payload)), key, key_isnull);
 			}
 			/* the datums of this fetch go away with the next one */
-			flush_block(writer);
+			redrive_flush_block(writer);
 			MemoryContextSwitchTo(old_cxt);
 			MemoryContextReset(fetch_cxt);
 		}
@@ -616,7 +452,7 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("the query returned no rows"),
 					 errhint("Submit at least one item, or use redrive.open_batch().")));
-		lock_keys(writer, submission.handler_id, 1);
+		redrive_lock_keys(writer, submission.handler_id, 1);
 		store_total(submission.batch_id, total, writer->keys_total > 0, true);
 		redrive_wake_at_commit(submission.owner);
 	}

@@ -16,7 +16,6 @@
 #include "access/heapam.h"
 #include "access/htup_details.h"
 #include "access/tableam.h"
-#include "access/xact.h"
 #include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -28,13 +27,13 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "base/backoff.h"
 #include "base/compat.h"
 #include "base/guc.h"
 #include "base/shmem.h"
+#include "base/xact.h"
 #include "proc/launcher.h"
 
 /* New databases, made from a template that has the extension, are found so often. */
@@ -78,9 +77,7 @@ list_databases(MemoryContext cxt)
 	TableScanDesc scan;
 	HeapTuple	tuple;
 
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
-	(void) GetTransactionSnapshot();
+	redrive_catalog_begin();
 	rel = table_open(DatabaseRelationId, AccessShareLock);
 	scan = table_beginscan_catalog(rel, 0, NULL);
 	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
@@ -97,7 +94,7 @@ list_databases(MemoryContext cxt)
 	}
 	table_endscan(scan);
 	table_close(rel, AccessShareLock);
-	CommitTransactionCommand();
+	redrive_catalog_end();
 	return result;
 }
 
