@@ -18,6 +18,9 @@ INSERT INTO redrive.classification_rules (priority, sqlstate_pattern, error_clas
     (0, '42%', 'defect', 'pause', true),
     (0, NULL, 'other', 'retry', true);
 
+-- room for builtin rules of later versions
+ALTER TABLE redrive.classification_rules ALTER COLUMN rule_id RESTART WITH 1000;
+
 -- The rule for an error, and whether the same rule holds for every message
 -- with this SQLSTATE and constraint (then a worker need not ask again).
 CREATE FUNCTION redrive._classify(p_handler text, p_sqlstate text, p_message text, p_constraint text)

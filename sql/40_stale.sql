@@ -18,13 +18,13 @@ LANGUAGE c STABLE ROWS 10 AS 'MODULE_PATHNAME', 'redrive__slots';
 
 -- Handlers whose rows the current user may see.  "mine": with payloads and
 -- messages.  The others are seen by monitors, counts only: a monitor is a role
--- with SELECT on redrive.batches.
+-- with SELECT on the column redrive.batches.batch_id.
 CREATE VIEW redrive._visible WITH (security_barrier) AS
 SELECT h.handler_id, h.name, h.kind, h.owner, h.max_retries, h.stale_after, h.start_timeout, h.retry_window, h.max_workers, h.paused,
     pg_has_role(h.owner::oid, 'USAGE') AS mine
 FROM redrive.handlers AS h
 WHERE pg_has_role(h.owner::oid, 'USAGE')
-   OR (SELECT has_table_privilege('redrive.batches'::regclass, 'SELECT'));
+   OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
 
 -- What the chunks that are not folded yet add to the counters of their batch.
 CREATE VIEW redrive._unfolded AS

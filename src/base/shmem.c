@@ -68,11 +68,21 @@ redrive_install_shmem_hooks(void)
 	shmem_startup_hook = startup_shmem;
 }
 
+static void
+release(RedriveSlot *slot)
+{
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	slot->state = SLOT_FREE;
+	slot->pid = 0;
+	slot->latch = NULL;
+	LWLockRelease(redrive_shared->lock);
+}
+
 /* Free the slot of a process that exits. */
 static void
 free_at_exit(int code, Datum slot)
 {
-	redrive_slot_free((RedriveSlot *) DatumGetPointer(slot));
+	release((RedriveSlot *) DatumGetPointer(slot));
 }
 
 /*
@@ -129,11 +139,7 @@ redrive_slot_free(RedriveSlot *slot)
 {
 	if (slot->pid == MyProcPid)
 		cancel_before_shmem_exit(free_at_exit, PointerGetDatum(slot));
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	slot->state = SLOT_FREE;
-	slot->pid = 0;
-	slot->latch = NULL;
-	LWLockRelease(redrive_shared->lock);
+	release(slot);
 }
 
 /* Count the executors of the cluster, coming ones included.  Needs the lock. */

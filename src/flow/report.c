@@ -10,7 +10,9 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
 #include "base/shmem.h"
@@ -41,7 +43,8 @@ state_name(SlotState state)
 }
 
 /*
- * SQL: _slots(), the live workers of this database.
+ * SQL: _slots(), the live workers of this database that the caller may see:
+ * those of its own roles, all of them for a monitor.
  *
  * The values of a slot are read without a lock against its process: a row may
  * mix two moments, which a view can bear.
@@ -51,9 +54,15 @@ redrive__slots(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
+	bool		monitor;
+
 	InitMaterializedSRF(fcinfo, 0);
 	if (redrive_shared == NULL)
 		return (Datum) 0;
+	monitor = DatumGetBool(DirectFunctionCall3(has_column_privilege_name_name,
+											   CStringGetTextDatum("redrive.batches"),
+											   CStringGetTextDatum("batch_id"),
+											   CStringGetTextDatum("SELECT")));
 
 	LWLockAcquire(redrive_shared->lock, LW_SHARED);
 	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
@@ -65,6 +74,8 @@ redrive__slots(PG_FUNCTION_ARGS)
 		int			c = 0;
 
 		if (slot.state == SLOT_FREE || slot.state == SLOT_STARTING || slot.database != MyDatabaseId)
+			continue;
+		if (!monitor && !has_privs_of_role(GetUserId(), slot.owner))
 			continue;
 		values[c++] = Int32GetDatum(slot.pid);
 		values[c++] = CStringGetTextDatum(slot.foreground ? "foreground" : "executor");

@@ -41,6 +41,9 @@
 #define QUICK_END_US 1000000
 #define PENALTY_US 10000000
 
+/* A shortage that comes back sooner than this is the same one. */
+#define CLEARED_US INT64CONST(60000000)
+
 /* An executor that this supervisor registered. */
 typedef struct Started
 {
@@ -289,7 +292,7 @@ dispatch(void)
 	bool		isnull;
 	bool		starved = false;
 	int64		ms;
-	static bool warned = false;
+	static TimestampTz starved_at = 0;	/* last time seen */
 	RedriveDatabase *entry;
 
 	rows = redrive_sql(&list_owners, NULL, NULL);
@@ -307,12 +310,14 @@ dispatch(void)
 			ask_for_place(owner);
 		}
 	}
-	if (starved && !warned && redrive_max_workers > 0)
+	/* once per condition: again only when it had cleared for a while */
+	if (starved && redrive_max_workers > 0 && now - starved_at > CLEARED_US)
 		ereport(LOG,
 				(errmsg("pg_redrive has work but no free executor"),
 				 errdetail("redrive.max_workers is %d, max_worker_processes %d.", redrive_max_workers, max_worker_processes),
 				 errhint("Work goes on when an executor is free; increase the settings if this is frequent.")));
-	warned = starved;
+	if (starved)
+		starved_at = now;
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 	entry = redrive_find_database(MyDatabaseId, false);
 	if (entry != NULL)

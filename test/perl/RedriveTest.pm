@@ -10,7 +10,8 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
-our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit);
+our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit
+  create_effects set_gate batch_is verified_ok);
 
 # Seconds that one wait may take.
 my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
@@ -140,6 +141,69 @@ sub kill_postmaster
 	# a zombie still answers to kill(0), which makes the next start refuse
 	unlink $pidfile, $node->host . '/.s.PGSQL.' . $node->port . '.lock';
 	return;
+}
+
+# Create what handlers of the tests need, in the schema public and usable by
+# everybody:
+#   effects    one row for each item that was done; without a unique constraint,
+#              so that an item done twice shows
+#   gates      wait_for_gate(name) returns when the gate is open.  Unlike a lock
+#              it stays shut over a crash, and unlike a sleep it ends when the
+#              test says so.
+sub create_effects
+{
+	my ($node, $dbname) = @_;
+
+	$node->safe_psql(
+		$dbname // 'postgres', q{
+CREATE TABLE effects (item int NOT NULL, pid int NOT NULL DEFAULT pg_backend_pid(),
+    login name NOT NULL DEFAULT session_user, role name NOT NULL DEFAULT current_user, note text);
+CREATE TABLE gates (gate text PRIMARY KEY, open boolean NOT NULL);
+CREATE FUNCTION wait_for_gate(name text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    WHILE NOT coalesce((SELECT open FROM public.gates WHERE gate = name), true) LOOP
+        PERFORM pg_catalog.pg_sleep(0.01);
+    END LOOP;
+END $$;
+GRANT SELECT, INSERT ON effects, gates TO PUBLIC;
+});
+	return;
+}
+
+# Open or shut a gate.
+sub set_gate
+{
+	my ($node, $gate, $open, $dbname) = @_;
+
+	$open = $open ? 'true' : 'false';
+	$node->safe_psql($dbname // 'postgres',
+		"INSERT INTO gates VALUES ('$gate', $open) ON CONFLICT (gate) DO UPDATE SET open = EXCLUDED.open");
+	return;
+}
+
+# Wait until the batch with this label is in the state (default finished); one
+# test.
+sub batch_is
+{
+	my ($node, $label, $state, $dbname) = @_;
+
+	$state //= 'finished';
+	return ok( poll_until(
+			$node, "SELECT state FROM redrive.batch_progress WHERE label = '$label'",
+			$state, dbname => $dbname),
+		"batch $label is $state");
+}
+
+# All counters of all batches agree with their rows; one test.
+sub verified_ok
+{
+	my ($node, $name, $dbname) = @_;
+
+	return is( $node->safe_psql(
+			$dbname // 'postgres',
+			"SELECT coalesce(string_agg(format('%s: expected %s, actual %s', check_name, expected, actual), '; '), 'ok') FROM redrive.verify() WHERE NOT ok"
+		),
+		'ok', "$name: counters verified");
 }
 
 1;

@@ -203,7 +203,7 @@ SELECT fails($$SELECT redrive.send('h', '1', delay => '1 s', run_at => '2040-01-
 SELECT fails($$SELECT redrive.send('h', '1', run_at => 'infinity')$$);
 SELECT fails($$SELECT redrive.send('h', '1', delay => '300000 years')$$);
 
--- Priority: the higher first; the same: in turn.
+-- Priority: the higher first.
 DELETE FROM done;
 SELECT redrive.submit('h', ARRAY['1']::jsonb[], priority => p, label => 'priority ' || p) > 0 AS submitted FROM unnest(ARRAY[0, -5, 10, 2147483647]) AS p;
 ALTER TABLE done ADD place int GENERATED ALWAYS AS IDENTITY;

@@ -1,0 +1,90 @@
+# Rescue: processes are killed in the middle of an interval.  Nothing is lost,
+# nothing is done twice: the handler's own table is the witness.
+#
+# Seen red: with the commit of an interval put before its record (two
+# transactions instead of one) items of the lost interval are done twice.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use RedriveTest;
+use Test::More;
+
+my $node = new_node('rescue');
+my $items = 3000;
+
+create_effects($node);
+$node->safe_psql(
+	'postgres', q{
+-- stops in one item; the items before it in the interval are not committed
+CREATE FUNCTION do_item(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO effects (item) VALUES (payload::int);
+    IF payload::int % 1000 = 140 THEN
+        PERFORM wait_for_gate('item ' || payload);
+    ELSIF payload::int % 100 = 7 THEN
+        PERFORM redrive.raise_validation('seven');
+    END IF;
+END $$;
+SELECT redrive.create_handler('work', 'do_item', commit_interval => '1 hour');
+});
+set_gate($node, "item $_", 0) foreach (140, 1140, 2140);
+$node->safe_psql('postgres',
+	"SELECT redrive.submit('work', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, $items) AS i),
+	    ARRAY(SELECT 'key ' || i FROM generate_series(1, $items) AS i), label => 'work')");
+
+# Return the query for the process that is in this item.
+sub worker_in
+{
+	my ($item) = @_;
+	return "SELECT pid FROM redrive.workers WHERE item_no = $item";
+}
+
+# --- an executor
+ok(poll_until($node, "SELECT count(*) FROM (" . worker_in(140) . ") AS w", '1'), 'an executor is in item 140');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM effects WHERE item = 140'), '0', 'its interval is open');
+my $pid = kill_and_wait($node, worker_in(140));
+ok( poll_until(
+		$node, "SELECT count(*) FROM redrive.workers WHERE item_no = 140 AND pid <> $pid", '1'),
+	'the server restarts, and another executor is in that item');
+cmp_ok($node->safe_psql('postgres', 'SELECT max(rescue_count) FROM redrive.chunks'), '>=', 1, 'its chunk was rescued');
+verified_ok($node, 'after the kill of an executor');
+
+# --- a supervisor, and the launcher
+kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'redrive supervisor'");
+ok(poll_until($node, "SELECT count(*) FROM (" . worker_in(140) . ") AS w", '1'), 'it runs again after the kill of the supervisor');
+kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'redrive launcher'");
+ok(poll_until($node, "SELECT count(*) FROM (" . worker_in(140) . ") AS w", '1'), 'it runs again after the kill of the launcher');
+set_gate($node, 'item 140', 1);
+
+# --- a client that works in the foreground
+$node->append_conf('postgresql.conf', 'redrive.max_workers = 0');
+ok(poll_until($node, "SELECT count(*) FROM (" . worker_in(1140) . ") AS w", '1'), 'an executor is in item 1140');
+kill_and_wait($node, worker_in(1140));
+ok(poll_until($node, 'SELECT count(*) FROM redrive.workers', '0'), 'no executors any more');
+my ($in, $out, $err) = ("CALL redrive.work();\n", '', '');
+my $session = IPC::Run::start(
+	[ 'psql', '-X', '-d', $node->connstr('postgres') ],
+	'<' => \$in, '>' => \$out, '2>' => \$err);
+ok(poll_until($node, "SELECT kind FROM redrive.workers WHERE item_no = 1140", 'foreground'), 'a session is in item 1140');
+kill_and_wait($node, worker_in(1140));
+$session->finish;
+$node->append_conf('postgresql.conf', 'redrive.max_workers = 3');
+ok(poll_until($node, 'SELECT true'), 'the server is up again');
+$node->reload;
+ok(poll_until($node, "SELECT kind FROM redrive.workers WHERE item_no = 1140", 'executor'), 'an executor takes over from a lost session');
+set_gate($node, 'item 1140', 1);
+set_gate($node, 'item 2140', 1);
+
+# --- the end
+batch_is($node, 'work');
+is( $node->safe_psql('postgres', 'SELECT total, succeeded, ignored, failed FROM redrive.batch_progress'),
+	"$items|" . ($items - $items / 100) . '|' . ($items / 100) . '|0', 'all items are accounted for');
+is( $node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT item) FROM effects'),
+	($items - $items / 100) . '|' . ($items - $items / 100), 'nothing is lost, nothing done twice');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.locks'), '0', 'all keys are unlocked');
+verified_ok($node, 'at the end');
+
+$node->stop;
+done_testing();
