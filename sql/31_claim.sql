@@ -63,7 +63,9 @@ $$;
 -- there is nothing to do.  The batch row is locked to the end of the caller's
 -- (short) transaction; batches that another session has locked are skipped.
 -- p_workers: how many workers may share a batch, so that none takes all of it.
-CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int)
+-- p_hint: a batch that has just become ready for an idle worker, tried first.
+-- p_callbacks: return a row of NULLs when due callbacks come before any chunk.
+CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int, p_hint bigint, p_callbacks boolean)
 RETURNS TABLE (
     chunk_id bigint, batch_id bigint, handler_id int, part smallint, run_no int, kind redrive.chunk_kind,
     done_to bigint, to_no bigint, items bigint, lease_token bigint, rescue_count int, keyed boolean, more boolean)
@@ -79,11 +81,27 @@ DECLARE
     v_from bigint;
     v_to bigint;
 BEGIN
+    IF p_hint > 0 THEN
+        SELECT s.* INTO b
+        FROM redrive.batches AS s
+        JOIN redrive.handlers AS x ON x.handler_id = s.handler_id
+        WHERE s.batch_id = p_hint AND s.claimable AND s.serve_after <= v_now
+          AND x.owner = p_owner AND NOT x.paused AND x.max_workers IS NULL
+        FOR UPDATE OF s SKIP LOCKED;
+        IF FOUND THEN
+            RETURN QUERY SELECT * FROM redrive._carve(b, p_pid, p_started_at, p_workers, v_now);
+            RETURN;
+        END IF;
+    END IF;
     FOR cand IN
         SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
-        WHERE x.owner = p_owner AND x.work <> 'callback'
+        WHERE x.owner = p_owner AND (p_callbacks OR x.work <> 'callback')
         ORDER BY x.priority DESC, x.due
     LOOP
+        IF cand.work = 'callback' THEN
+            RETURN NEXT;
+            RETURN;
+        END IF;
         SELECT * INTO h FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id;
         IF h.max_workers IS NOT NULL THEN
             PERFORM FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id FOR NO KEY UPDATE;
@@ -126,18 +144,8 @@ BEGIN
             LIMIT 1
             FOR UPDATE SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;
-            n := redrive._chunk_size(b, p_workers, b.total - b.claimed_to);
-            v_from := b.claimed_to + 1;
-            v_to := b.claimed_to + n;
-            INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
-                lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
-            VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', v_from, v_to, v_from - 1, n,
-                nextval('redrive.lease_tokens'), p_pid, p_started_at, v_now, v_now)
-            RETURNING * INTO c;
-            UPDATE redrive.batches AS s
-            SET state = 'running', claimed_to = v_to, serve_after = v_now, last_progress_at = v_now,
-                started_at = coalesce(s.started_at, v_now)
-            WHERE s.batch_id = b.batch_id;
+            RETURN QUERY SELECT * FROM redrive._carve(b, p_pid, p_started_at, p_workers, v_now);
+            RETURN;
         ELSE
             SELECT * INTO b
             FROM redrive.batches AS s
@@ -176,10 +184,32 @@ BEGIN
             RETURNING * INTO c;
         END IF;
         RETURN QUERY SELECT c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
-            c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed,
-            CASE cand.work WHEN 'first' THEN v_to < b.total ELSE n >= 1000 END;
+            c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, n >= 1000;
         RETURN;
     END LOOP;
+END
+$$;
+
+-- Carve the next range off a batch whose row the caller has locked.
+CREATE FUNCTION redrive._carve(b redrive.batches, p_pid int, p_started_at timestamptz, p_workers int, p_now timestamptz)
+RETURNS TABLE (
+    chunk_id bigint, batch_id bigint, handler_id int, part smallint, run_no int, kind redrive.chunk_kind,
+    done_to bigint, to_no bigint, items bigint, lease_token bigint, rescue_count int, keyed boolean, more boolean)
+LANGUAGE plpgsql AS $$
+DECLARE
+    n bigint := redrive._chunk_size(b, p_workers, b.total - b.claimed_to);
+BEGIN
+    UPDATE redrive.batches AS s
+    SET state = 'running', claimed_to = s.claimed_to + n, serve_after = p_now, last_progress_at = p_now,
+        started_at = coalesce(s.started_at, p_now)
+    WHERE s.batch_id = b.batch_id;
+    RETURN QUERY
+    INSERT INTO redrive.chunks AS c (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
+        lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
+    VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', b.claimed_to + 1, b.claimed_to + n, b.claimed_to, n,
+        nextval('redrive.lease_tokens'), p_pid, p_started_at, p_now, p_now)
+    RETURNING c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
+        c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, c.to_no < b.total;
 END
 $$;
 

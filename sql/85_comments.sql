@@ -352,6 +352,7 @@ COMMENT ON FUNCTION redrive._check_cron IS 'Raise an error when pg_cron cannot b
 COMMENT ON FUNCTION redrive._check_member IS 'Raise an error unless a role has the rights of an owner';
 COMMENT ON FUNCTION redrive._chunk_size IS 'How many items a chunk gets';
 COMMENT ON FUNCTION redrive._claim IS 'Take one chunk for a worker';
+COMMENT ON FUNCTION redrive._carve IS 'Carve the next range of items off a locked batch, as a chunk';
 COMMENT ON FUNCTION redrive._classify IS 'Rule that decides about an error';
 COMMENT ON FUNCTION redrive._create_handler IS 'Body of create_handler()';
 COMMENT ON FUNCTION redrive._cron_jobs IS 'Jobs that schedule_passes() makes';

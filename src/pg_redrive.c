@@ -17,6 +17,7 @@
 #include "base/guc.h"
 #include "base/shmem.h"
 #include "proc/launcher.h"
+#include "proc/utility.h"
 
 REDRIVE_MODULE_MAGIC;
 
@@ -29,5 +30,6 @@ _PG_init(void)
 	if (!process_shared_preload_libraries_in_progress)
 		return;
 	redrive_install_shmem_hooks();
+	redrive_install_utility_hook();
 	redrive_register_launcher();
 }

@@ -40,11 +40,16 @@
 
 #if PG_VERSION_NUM >= 160000
 #include "catalog/pg_proc.h"
+#include "catalog/pg_database.h"
 #define redrive_may_execute(funcid, role) \
 	(object_aclcheck(ProcedureRelationId, (funcid), (role), ACL_EXECUTE) == ACLCHECK_OK)
+#define redrive_owns_database(database, role) \
+	object_ownercheck(DatabaseRelationId, (database), (role))
 #else
 #define redrive_may_execute(funcid, role) \
 	(pg_proc_aclcheck((funcid), (role), ACL_EXECUTE) == ACLCHECK_OK)
+#define redrive_owns_database(database, role) \
+	pg_database_ownercheck((database), (role))
 #endif
 
 #if PG_VERSION_NUM >= 160000

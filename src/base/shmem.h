@@ -43,6 +43,7 @@ typedef struct RedriveSlot
 	Oid			database;
 	Oid			owner;			/* role it is connected as */
 	TimestampTz started_at;
+	int64		hint;			/* batch that a waker has made ready, 0 = none */
 	int32		handler_id;
 	int64		batch_id;
 	int64		chunk_id;
@@ -73,7 +74,6 @@ typedef struct RedriveShared
 	LWLock	   *lock;			/* protects everything below but slot details */
 	pid_t		launcher_pid;
 	Latch	   *launcher_latch;
-	bool		rescan;			/* databases came or went */
 	ConditionVariable batch_ended;	/* for redrive.wait() */
 	RedriveSlot slots[REDRIVE_MAX_SLOTS];
 	RedriveDatabase databases[FLEXIBLE_ARRAY_MEMBER];	/* max_databases of them */

@@ -22,6 +22,7 @@
 
 static bool callback_registered = false;
 static Oid	owners[MAX_OWNERS];
+static int64 hints[MAX_OWNERS]; /* batch of the first wake-up, 0 = none */
 static int	n_owners = 0;		/* MAX_OWNERS + 1 = too many, wake everybody */
 static bool several = false;	/* more than one wake-up of an owner */
 static bool batch_ended = false;
@@ -51,10 +52,10 @@ at_xact_end(XactEvent event, void *arg)
 	if (event == XACT_EVENT_COMMIT)
 	{
 		if (n_owners > MAX_OWNERS)
-			redrive_wake_now(InvalidOid, true);
+			redrive_wake_now(InvalidOid, true, 0);
 		else
 			for (int i = 0; i < n_owners; i++)
-				redrive_wake_now(owners[i], several);
+				redrive_wake_now(owners[i], several, hints[i]);
 		if (supervisor)
 			wake_supervisor();
 		if (batch_ended)
@@ -80,9 +81,14 @@ register_callback(void)
 	callback_registered = true;
 }
 
-/* Wake a worker of this owner in this database when the transaction commits. */
+/*
+ * Wake a worker of this owner in this database when the transaction commits.
+ *
+ * batch_id, if not 0, is a batch that will be ready then: a hint that spares
+ * the worker the search.
+ */
 void
-redrive_wake_at_commit(Oid owner)
+redrive_wake_at_commit(Oid owner, int64 batch_id)
 {
 	if (redrive_shared == NULL)
 		return;
@@ -94,7 +100,10 @@ redrive_wake_at_commit(Oid owner)
 			return;
 		}
 	if (n_owners < MAX_OWNERS)
+	{
 		owners[n_owners] = owner;
+		hints[n_owners] = batch_id;
+	}
 	if (n_owners <= MAX_OWNERS)
 		n_owners++;
 }
@@ -103,10 +112,11 @@ redrive_wake_at_commit(Oid owner)
  * Wake an idle executor of this owner in this database, or all of them; the
  * supervisor when there was none or more may be wanted.
  *
- * owner InvalidOid = of whatever owner.
+ * owner InvalidOid = of whatever owner.  batch_id is as in
+ * redrive_wake_at_commit.
  */
 void
-redrive_wake_now(Oid owner, bool all)
+redrive_wake_now(Oid owner, bool all, int64 batch_id)
 {
 	bool		woken = false;
 
@@ -121,6 +131,8 @@ redrive_wake_now(Oid owner, bool all)
 			(slot->owner == owner || !OidIsValid(owner)))
 		{
 			slot->state = SLOT_CLAIMING;	/* the next one wakes another */
+			slot->hint = batch_id;
+			batch_id = 0;
 			SetLatch(slot->latch);
 			woken = true;
 		}
@@ -173,7 +185,7 @@ redrive_wake_launcher(void)
 Datum
 redrive__wake(PG_FUNCTION_ARGS)
 {
-	redrive_wake_at_commit(PG_GETARG_OID(0));
+	redrive_wake_at_commit(PG_GETARG_OID(0), 0);
 	PG_RETURN_VOID();
 }
 

@@ -8,9 +8,9 @@
 #ifndef REDRIVE_WAKE_H
 #define REDRIVE_WAKE_H
 
-extern void redrive_wake_at_commit(Oid owner);
+extern void redrive_wake_at_commit(Oid owner, int64 batch_id);
 extern void redrive_wake_supervisor_at_commit(void);
-extern void redrive_wake_now(Oid owner, bool all);
+extern void redrive_wake_now(Oid owner, bool all, int64 batch_id);
 extern void redrive_batch_ended_at_commit(void);
 extern void redrive_wake_launcher(void);
 

@@ -38,8 +38,8 @@ static RedriveSql claim_chunk = {
 	" (extract(epoch FROM h.item_timeout) * 1000000)::bigint AS item_timeout,"
 	" (extract(epoch FROM h.commit_interval) * 1000000)::bigint AS commit_interval,"
 	" h.isolation = 'item' AS one_by_one, h.on_unlock"
-	" FROM redrive._claim($1, $2, $3, $4) AS c JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
-	4, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID}
+	" FROM redrive._claim($1, $2, $3, $4, $5, $6) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
+	6, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, INT8OID, BOOLOID}
 };
 
 /* The block that holds the first wanted item, and those after it. */
@@ -107,14 +107,16 @@ read_handler(RedriveChunk *chunk)
  * Claim a chunk for the handlers of a role, and commit the claim.
  *
  * The chunk lives in a context of its own under parent: deleting chunk->cxt
- * frees all of it.  more tells whether other workers could help.  Returns NULL
- * when nothing is due.  Needs a non-atomic connection; a new transaction is
- * open afterwards.
+ * frees all of it.  more tells whether other workers could help.  hint: a batch
+ * that is ready, 0 = search.  callbacks: in, whether to look for due callbacks
+ * too; out, whether they come first.  Returns NULL when nothing is due, or
+ * callbacks are.  Needs a non-atomic connection; a new transaction is open
+ * afterwards.
  */
 RedriveChunk *
-redrive_claim(Oid owner, MemoryContext parent, bool *more)
+redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *callbacks)
 {
-	Datum		values[4];
+	Datum		values[6];
 	RedriveChunk *chunk;
 	MemoryContext cxt;
 	bool		isnull;
@@ -123,9 +125,17 @@ redrive_claim(Oid owner, MemoryContext parent, bool *more)
 	values[1] = Int32GetDatum(MyProcPid);
 	values[2] = TimestampTzGetDatum(MyStartTimestamp);
 	values[3] = Int32GetDatum(Max(redrive_max_workers, 1));
+	values[4] = Int64GetDatum(hint);
+	values[5] = BoolGetDatum(*callbacks);
+	*callbacks = false;
 	if (redrive_sql(&claim_chunk, values, NULL) == 0)
 	{
 		redrive_commit();
+		return NULL;
+	}
+	if (redrive_int64(0, "chunk_id") == 0)
+	{
+		*callbacks = true;
 		return NULL;
 	}
 	cxt = AllocSetContextCreate(parent, "redrive chunk", ALLOCSET_DEFAULT_SIZES);

@@ -10,7 +10,7 @@
 
 #include "flow/batch.h"
 
-extern RedriveChunk *redrive_claim(Oid owner, MemoryContext parent, bool *more);
+extern RedriveChunk *redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *callbacks);
 extern bool redrive_fetch_page(RedriveChunk *chunk);
 extern void redrive_give_back(RedriveChunk *chunk);
 extern void redrive_fold(RedriveChunk *chunk);

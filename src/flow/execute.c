@@ -130,7 +130,6 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 		{
 			/* a deferred constraint, of an unknown item: one by one from here */
 			chunk->alone_to = Max(chunk->alone_to, to);
-			redrive_reload_constraints(call);
 			return;
 		}
 		if (result.failed < 0)
@@ -154,7 +153,7 @@ run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, 
 		segment_length(chunk->failure_rate);
 
 		run_range(call, chunk, interval, slot, Min(interval->end + length, chunk->page_items));
-		if (redrive_commit_after_segment(call))
+		if (redrive_commit_after_segment())
 			interval->stop = true;
 	}
 	/* what failed behind the end is not settled: it runs again */
@@ -377,22 +376,30 @@ bool
 redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampTz deadline)
 {
 	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
-	bool		worked = redrive_run_due_callbacks(slot, owner);
+	int64		hint = slot->hint;
+	bool		worked = false;
 	bool		more = false;
+	bool		callbacks = true;
+	RedriveChunk *chunk;
 
-	if (!worked)
+	slot->hint = 0;
+	chunk = redrive_claim(owner, hint, cxt, &more, &callbacks);
+	if (callbacks)
 	{
-		RedriveChunk *chunk = redrive_claim(owner, cxt, &more);
-
-		if (chunk != NULL)
-		{
-			worked = true;
-			if (more)
-				redrive_wake_now(owner, false);
-			show_chunk(slot, chunk);
-			run_or_give_back(chunk, slot, deadline);
-			show_nothing(slot);
-		}
+		worked = redrive_run_due_callbacks(slot, owner);
+		/* another worker has taken them: look for something else */
+		callbacks = false;
+		if (!worked)
+			chunk = redrive_claim(owner, 0, cxt, &more, &callbacks);
+	}
+	if (chunk != NULL)
+	{
+		worked = true;
+		if (more)
+			redrive_wake_now(owner, false, 0);
+		show_chunk(slot, chunk);
+		run_or_give_back(chunk, slot, deadline);
+		show_nothing(slot);
 	}
 	MemoryContextSwitchTo(old_cxt);
 	MemoryContextReset(cxt);

@@ -228,7 +228,7 @@ unlock(RedriveChunk *chunk, int n, Datum *keys)
 	values[3] = Int32GetDatum(chunk->run_no);
 	values[4] = CStringGetTextDatum(error->message ? error->message : "");
 	(void) redrive_sql(&later_unlocks, values, NULL);
-	redrive_wake_at_commit(GetUserId());
+	redrive_wake_at_commit(GetUserId(), 0);
 }
 
 /*

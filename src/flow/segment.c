@@ -24,9 +24,11 @@
 #include "storage/latch.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
@@ -66,6 +68,13 @@ static RedriveSql deferred_constraints = {
 	" GROUP BY n.nspname, c.conname",
 	0, {0}
 };
+
+/* Constraints that are initially deferred, as far as is known. */
+static bool deferred_known = false;
+static MemoryContext deferred_cxt = NULL;
+static List *deferred = NIL;	/* of RangeVar */
+static bool cannot_restore = false; /* names are ambiguous: commit after each
+									 * segment */
 
 static TimeoutId item_timeout;
 static TimeoutId stop_tick;
@@ -150,25 +159,50 @@ leave_user_code(UserCode *save)
 	SetUserIdAndSecContext(save->user, save->context);
 }
 
-/* Read which constraints are initially deferred in this database. */
-void
-redrive_reload_constraints(RedriveCall *call)
+/* Invalidation: a constraint of this database was made, changed or dropped. */
+static void
+forget_deferred(Datum arg, int cacheid, uint32 hashvalue)
 {
-	uint64		rows = redrive_sql(&deferred_constraints, NULL, NULL);
-	MemoryContext old_cxt = MemoryContextSwitchTo(call->chunk->cxt);
+	deferred_known = false;
+}
 
-	call->deferred = NIL;
-	call->cannot_restore = false;
-	for (uint64 row = 0; row < rows; row++)
+/*
+ * Know which constraints are initially deferred in this database.
+ *
+ * The list lives as long as the process, until a constraint changes.
+ */
+static void
+load_deferred(void)
+{
+	static bool registered = false;
+	MemoryContext old_cxt;
+	uint64		rows;
+
+	if (!registered)
 	{
-		if (redrive_bool(row, "ambiguous"))
-			call->cannot_restore = true;
-		else
-			call->deferred = lappend(call->deferred,
-									 makeRangeVar(redrive_text(row, "schema", call->chunk->cxt),
-												  redrive_text(row, "name", call->chunk->cxt), -1));
+		CacheRegisterSyscacheCallback(CONSTROID, forget_deferred, (Datum) 0);
+		deferred_cxt = AllocSetContextCreate(TopMemoryContext, "redrive constraints", ALLOCSET_SMALL_SIZES);
+		registered = true;
 	}
-	MemoryContextSwitchTo(old_cxt);
+	while (!deferred_known)
+	{
+		deferred_known = true;	/* unless it changes while we look */
+		rows = redrive_sql(&deferred_constraints, NULL, NULL);
+		MemoryContextReset(deferred_cxt);
+		deferred = NIL;
+		cannot_restore = false;
+		old_cxt = MemoryContextSwitchTo(deferred_cxt);
+		for (uint64 row = 0; row < rows; row++)
+		{
+			if (redrive_bool(row, "ambiguous"))
+				cannot_restore = true;
+			else
+				deferred = lappend(deferred,
+								   makeRangeVar(redrive_text(row, "schema", deferred_cxt),
+												redrive_text(row, "name", deferred_cxt), -1));
+		}
+		MemoryContextSwitchTo(old_cxt);
+	}
 }
 
 /*
@@ -176,9 +210,9 @@ redrive_reload_constraints(RedriveCall *call)
  * not be restored after deferred constraints were fired.
  */
 bool
-redrive_commit_after_segment(RedriveCall *call)
+redrive_commit_after_segment(void)
 {
-	return call->cannot_restore;
+	return cannot_restore;
 }
 
 /*
@@ -210,7 +244,6 @@ redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 	if (signature == SIGNATURE_ITEM)
 		call->item_desc = BlessTupleDesc(lookup_rowtype_tupdesc_copy(redrive_item_type(), -1));
 	MemoryContextSwitchTo(old_cxt);
-	redrive_reload_constraints(call);
 	return call;
 }
 
@@ -293,16 +326,16 @@ run_item(RedriveCall *call, RedriveItem *item)
  * is deferred by default.
  */
 static void
-fire_deferred(RedriveCall *call)
+fire_deferred(void)
 {
 	ConstraintsSetStmt *stmt = makeNode(ConstraintsSetStmt);
 	UserCode	save;
 
 	enter_user_code(&save);
 	AfterTriggerSetState(stmt);
-	if (call->deferred != NIL)
+	if (deferred != NIL)
 	{
-		stmt->constraints = call->deferred;
+		stmt->constraints = deferred;
 		stmt->deferred = true;
 		AfterTriggerSetState(stmt);
 	}
@@ -341,6 +374,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	result->failed = -1;
 	result->live = false;
 	item_timed_out = false;
+	load_deferred();
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -363,7 +397,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		MemoryContextSwitchTo(call->item_cxt);
 		current = to;			/* an error from here on is nobody's in
 								 * particular */
-		fire_deferred(call);
+		fire_deferred();
 		result->live = TransactionIdIsValid(GetCurrentTransactionIdIfAny());
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);

@@ -27,8 +27,7 @@ typedef struct RedriveCall RedriveCall;
 extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot);
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
-extern bool redrive_commit_after_segment(RedriveCall *call);
-extern void redrive_reload_constraints(RedriveCall *call);
+extern bool redrive_commit_after_segment(void);
 extern bool redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error);
 
 extern void redrive_init_timeouts(bool in_worker);

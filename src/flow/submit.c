@@ -244,7 +244,7 @@ submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *
 			redrive_add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
 		redrive_flush_block(writer);
 		redrive_lock_keys(writer, submission->handler_id, 1);
-		redrive_wake_at_commit(submission->owner);
+		redrive_wake_at_commit(submission->owner, submission->run_at_isnull ? submission->batch_id : 0);
 	}
 	redrive_disconnect();
 	notice_not_preloaded();
@@ -454,7 +454,7 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 					 errhint("Submit at least one item, or use redrive.open_batch().")));
 		redrive_lock_keys(writer, submission.handler_id, 1);
 		store_total(submission.batch_id, total, writer->keys_total > 0, true);
-		redrive_wake_at_commit(submission.owner);
+		redrive_wake_at_commit(submission.owner, submission.run_at_isnull ? submission.batch_id : 0);
 	}
 	redrive_disconnect();
 	notice_not_preloaded();

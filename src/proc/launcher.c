@@ -216,7 +216,6 @@ void
 redrive_launcher_main(Datum arg)
 {
 	MemoryContext loop_cxt;
-	TimestampTz scanned_at = 0;
 	uint32		wait_event;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
@@ -234,8 +233,6 @@ redrive_launcher_main(Datum arg)
 
 	while (!ShutdownRequestPending)
 	{
-		TimestampTz now = GetCurrentTimestamp();
-		bool		rescan;
 		long		sleep_ms;
 
 		CHECK_FOR_INTERRUPTS();
@@ -247,15 +244,8 @@ redrive_launcher_main(Datum arg)
 		MemoryContextReset(loop_cxt);
 		MemoryContextSwitchTo(loop_cxt);
 
-		LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-		rescan = redrive_shared->rescan;
-		redrive_shared->rescan = false;
-		LWLockRelease(redrive_shared->lock);
-		if (rescan || TimestampDifferenceExceeds(scanned_at, now, SCAN_MS))
-		{
-			scan_databases(loop_cxt);
-			scanned_at = now;
-		}
+		/* each turn: none is started in a database that has been dropped */
+		scan_databases(loop_cxt);
 		sleep_ms = start_supervisors();
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
 		ResetLatch(MyLatch);

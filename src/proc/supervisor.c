@@ -65,13 +65,13 @@ static RedriveSql orphan_lost = {"SELECT redrive._orphan_lost()", 0, {0}};
 
 static RedriveSql list_owners = {
 	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
-	" FROM redrive._candidates(clock_timestamp()) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
-	0, {0}
+	" FROM redrive._candidates($1) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
+	1, {TIMESTAMPTZOID}
 };
 
 static RedriveSql next_due = {
-	"SELECT (extract(epoch FROM redrive._next_due(clock_timestamp()) - clock_timestamp()) * 1000)::bigint AS ms",
-	0, {0}
+	"SELECT (extract(epoch FROM redrive._next_due($1) - $1) * 1000)::bigint AS ms",
+	1, {TIMESTAMPTZOID}
 };
 
 static MemoryContext supervisor_cxt;	/* what outlives a turn of the loop */
@@ -292,10 +292,12 @@ dispatch(void)
 	bool		isnull;
 	bool		starved = false;
 	int64		ms;
+	Datum		values[1];
 	static TimestampTz starved_at = 0;	/* last time seen */
 	RedriveDatabase *entry;
 
-	rows = redrive_sql(&list_owners, NULL, NULL);
+	values[0] = TimestampTzGetDatum(now);
+	rows = redrive_sql(&list_owners, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 		owners = lappend_oid(owners, DatumGetObjectId(redrive_column(row, "owner", &isnull)));
 	foreach(lc, owners)
@@ -327,7 +329,7 @@ dispatch(void)
 	}
 	LWLockRelease(redrive_shared->lock);
 
-	redrive_sql_one_row(&next_due, NULL, NULL);
+	redrive_sql_one_row(&next_due, values, NULL);
 	ms = redrive_int64(0, "ms");
 	(void) redrive_column(0, "ms", &isnull);
 	if (isnull || ms > TICK_MS)

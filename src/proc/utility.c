@@ -1,0 +1,134 @@
+/*-------------------------------------------------------------------------
+ *
+ * utility.c
+ *	  Commands that need a database to themselves.
+ *
+ * DROP DATABASE, CREATE DATABASE ... TEMPLATE, and ALTER DATABASE that renames
+ * or moves one are refused while anybody is connected.  Our workers leave the
+ * database before such a command of its owner runs; the launcher starts them
+ * again some seconds later if the database is still there.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+
+#include "commands/dbcommands.h"
+#include "commands/defrem.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "storage/latch.h"
+#include "tcop/utility.h"
+#include "utils/timestamp.h"
+
+#include "base/compat.h"
+#include "base/guc.h"
+#include "base/shmem.h"
+#include "proc/utility.h"
+
+/* How long the workers stay away, and how long we wait for them to go. */
+#define STAY_AWAY_US 10000000
+#define LEAVE_ATTEMPTS 500
+#define LEAVE_NAP_MS 10
+
+static ProcessUtility_hook_type previous_utility_hook = NULL;
+
+/* Return the name of the database that the command needs for itself, or NULL. */
+static const char *
+database_of(Node * stmt)
+{
+	ListCell   *lc;
+
+	switch (nodeTag(stmt))
+	{
+		case T_DropdbStmt:
+			return ((DropdbStmt *) stmt)->dbname;
+		case T_RenameStmt:
+			return ((RenameStmt *) stmt)->renameType == OBJECT_DATABASE ? ((RenameStmt *) stmt)->subname : NULL;
+		case T_AlterDatabaseStmt:
+			foreach(lc, ((AlterDatabaseStmt *) stmt)->options)
+				if (strcmp(((DefElem *) lfirst(lc))->defname, "tablespace") == 0)
+				return ((AlterDatabaseStmt *) stmt)->dbname;
+			return NULL;
+		case T_CreatedbStmt:
+			foreach(lc, ((CreatedbStmt *) stmt)->options)
+				if (strcmp(((DefElem *) lfirst(lc))->defname, "template") == 0 && ((DefElem *) lfirst(lc))->arg)
+				return defGetString((DefElem *) lfirst(lc));
+			return NULL;
+		default:
+			return NULL;
+	}
+}
+
+/* Send our workers of a database away; returns whether any is left. */
+static bool
+dismiss_workers(Oid database, bool first)
+{
+	bool		any = false;
+	RedriveDatabase *entry;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(database, false);
+	if (entry != NULL)
+	{
+		entry->retry_at = GetCurrentTimestamp() + STAY_AWAY_US;
+		if (entry->pid != 0)
+		{
+			any = true;
+			if (first)
+				kill(entry->pid, SIGTERM);
+		}
+	}
+	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
+	{
+		RedriveSlot *slot = &redrive_shared->slots[i];
+
+		if (slot->state == SLOT_FREE || slot->foreground || slot->database != database || slot->pid == 0)
+			continue;
+		any = true;
+		if (first)
+			kill(slot->pid, SIGTERM);
+	}
+	LWLockRelease(redrive_shared->lock);
+	return any;
+}
+
+/* Make room before the command; the server itself judges whether it may run. */
+static void
+make_room(Node * stmt)
+{
+	const char *name = database_of(stmt);
+	Oid			database = name != NULL ? get_database_oid(name, true) : InvalidOid;
+
+	if (!OidIsValid(database) || database == MyDatabaseId || !redrive_owns_database(database, GetUserId()))
+		return;
+	for (int i = 0; i < LEAVE_ATTEMPTS && dismiss_workers(database, i == 0); i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 LEAVE_NAP_MS, redrive_wait_event("RedriveDismiss"));
+		ResetLatch(MyLatch);
+	}
+}
+
+static void
+process_utility(PlannedStmt * pstmt, const char *query, bool read_only_tree,
+				ProcessUtilityContext context, ParamListInfo params,
+				QueryEnvironment * env, DestReceiver * dest, QueryCompletion * qc)
+{
+	if (context == PROCESS_UTILITY_TOPLEVEL && redrive_shared != NULL)
+		make_room(pstmt->utilityStmt);
+	if (previous_utility_hook)
+		previous_utility_hook(pstmt, query, read_only_tree, context, params, env, dest, qc);
+	else
+		standard_ProcessUtility(pstmt, query, read_only_tree, context, params, env, dest, qc);
+}
+
+/* Install the hook; called while preloading. */
+void
+redrive_install_utility_hook(void)
+{
+	previous_utility_hook = ProcessUtility_hook;
+	ProcessUtility_hook = process_utility;
+}
