@@ -27,6 +27,7 @@
 #include "flow/callback.h"
 #include "flow/claim.h"
 #include "flow/classify.h"
+#include "flow/deferred.h"
 #include "flow/execute.h"
 #include "flow/record.h"
 #include "flow/segment.h"

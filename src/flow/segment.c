@@ -24,17 +24,15 @@
 #include "storage/latch.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
-#include "utils/inval.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
-#include "utils/syscache.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
 #include "base/compat.h"
-#include "base/spi_call.h"
+#include "flow/deferred.h"
 #include "flow/handler.h"
 #include "flow/segment.h"
 
@@ -51,30 +49,6 @@ struct RedriveCall
 	bool		cannot_restore; /* names are ambiguous: commit after each
 								 * segment */
 };
-
-/* Identity and settings around code of users. */
-typedef struct UserCode
-{
-	Oid			user;
-	int			context;
-	int			nestlevel;
-} UserCode;
-
-static RedriveSql deferred_constraints = {
-	"SELECT n.nspname::text AS schema, c.conname::text AS name,"
-	" bool_or(NOT c.condeferrable) AS ambiguous"
-	" FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.connamespace"
-	" WHERE (c.connamespace, c.conname) IN (SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint AS d WHERE d.condeferred)"
-	" GROUP BY n.nspname, c.conname",
-	0, {0}
-};
-
-/* Constraints that are initially deferred, as far as is known. */
-static bool deferred_known = false;
-static MemoryContext deferred_cxt = NULL;
-static List *deferred = NIL;	/* of RangeVar */
-static bool cannot_restore = false; /* names are ambiguous: commit after each
-									 * segment */
 
 static TimeoutId item_timeout;
 static TimeoutId stop_tick;
@@ -143,8 +117,8 @@ redrive_init_timeouts(bool worker)
 }
 
 /* Enter code of users: as the session's own role, which it cannot change. */
-static void
-enter_user_code(UserCode *save)
+void
+redrive_enter_user_code(UserCode *save)
 {
 	GetUserIdAndSecContext(&save->user, &save->context);
 	SetUserIdAndSecContext(save->user, save->context | SECURITY_LOCAL_USERID_CHANGE);
@@ -152,67 +126,11 @@ enter_user_code(UserCode *save)
 }
 
 /* Leave code of users: whatever it set is as before. */
-static void
-leave_user_code(UserCode *save)
+void
+redrive_leave_user_code(UserCode *save)
 {
 	AtEOXact_GUC(false, save->nestlevel);
 	SetUserIdAndSecContext(save->user, save->context);
-}
-
-/* Invalidation: a constraint of this database was made, changed or dropped. */
-static void
-forget_deferred(Datum arg, int cacheid, uint32 hashvalue)
-{
-	deferred_known = false;
-}
-
-/*
- * Know which constraints are initially deferred in this database.
- *
- * The list lives as long as the process, until a constraint changes.
- */
-static void
-load_deferred(void)
-{
-	static bool registered = false;
-	MemoryContext old_cxt;
-	uint64		rows;
-
-	if (!registered)
-	{
-		CacheRegisterSyscacheCallback(CONSTROID, forget_deferred, (Datum) 0);
-		deferred_cxt = AllocSetContextCreate(TopMemoryContext, "redrive constraints", ALLOCSET_SMALL_SIZES);
-		registered = true;
-	}
-	while (!deferred_known)
-	{
-		deferred_known = true;	/* unless it changes while we look */
-		rows = redrive_sql(&deferred_constraints, NULL, NULL);
-		MemoryContextReset(deferred_cxt);
-		deferred = NIL;
-		cannot_restore = false;
-		old_cxt = MemoryContextSwitchTo(deferred_cxt);
-		for (uint64 row = 0; row < rows; row++)
-		{
-			if (redrive_bool(row, "ambiguous"))
-				cannot_restore = true;
-			else
-				deferred = lappend(deferred,
-								   makeRangeVar(redrive_text(row, "schema", deferred_cxt),
-												redrive_text(row, "name", deferred_cxt), -1));
-		}
-		MemoryContextSwitchTo(old_cxt);
-	}
-}
-
-/*
- * Must the interval end with the segment?  True when deferral by default could
- * not be restored after deferred constraints were fired.
- */
-bool
-redrive_commit_after_segment(void)
-{
-	return cannot_restore;
 }
 
 /*
@@ -304,12 +222,12 @@ run_item(RedriveCall *call, RedriveItem *item)
 		enable_timeout_after(item_timeout, (int) Max(timeout_us / 1000, 1));
 
 	PushActiveSnapshot(GetTransactionSnapshot());
-	enter_user_code(&save);
+	redrive_enter_user_code(&save);
 	call->fcinfo->isnull = false;
 	pgstat_init_function_usage(call->fcinfo, &usage);
 	(void) FunctionCallInvoke(call->fcinfo);
 	pgstat_end_function_usage(&usage, true);
-	leave_user_code(&save);
+	redrive_leave_user_code(&save);
 	PopActiveSnapshot();
 
 	if (timeout_us > 0)
@@ -319,27 +237,6 @@ run_item(RedriveCall *call, RedriveItem *item)
 		CHECK_FOR_INTERRUPTS();
 	}
 	CommandCounterIncrement();
-}
-
-/*
- * Fire deferred triggers now, as the role of the items, and defer again what
- * is deferred by default.
- */
-static void
-fire_deferred(void)
-{
-	ConstraintsSetStmt *stmt = makeNode(ConstraintsSetStmt);
-	UserCode	save;
-
-	enter_user_code(&save);
-	AfterTriggerSetState(stmt);
-	if (deferred != NIL)
-	{
-		stmt->constraints = deferred;
-		stmt->deferred = true;
-		AfterTriggerSetState(stmt);
-	}
-	leave_user_code(&save);
 }
 
 /* Is this error about the process or the caller rather than the item? */
@@ -374,7 +271,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	result->failed = -1;
 	result->live = false;
 	item_timed_out = false;
-	load_deferred();
+	redrive_load_deferred();
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -397,7 +294,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		MemoryContextSwitchTo(call->item_cxt);
 		current = to;			/* an error from here on is nobody's in
 								 * particular */
-		fire_deferred();
+		redrive_fire_deferred();
 		result->live = TransactionIdIsValid(GetCurrentTransactionIdIfAny());
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
@@ -474,15 +371,15 @@ redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, 
 				fcinfo->args[1].isnull = false;
 			}
 			PushActiveSnapshot(GetTransactionSnapshot());
-			enter_user_code(&save);
+			redrive_enter_user_code(&save);
 			(void) FunctionCallInvoke(fcinfo);
-			leave_user_code(&save);
+			redrive_leave_user_code(&save);
 			PopActiveSnapshot();
 			CommandCounterIncrement();
 		}
-		enter_user_code(&save);
+		redrive_enter_user_code(&save);
 		AfterTriggerSetState(makeNode(ConstraintsSetStmt));
-		leave_user_code(&save);
+		redrive_leave_user_code(&save);
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
 		CurrentResourceOwner = old_owner;

@@ -21,15 +21,24 @@ typedef struct SegmentResult
 	bool		live;			/* took a transaction id */
 } SegmentResult;
 
+/* Identity and settings around code of users. */
+typedef struct UserCode
+{
+	Oid			user;
+	int			context;
+	int			nestlevel;
+} UserCode;
+
 /* A function prepared to be called for many items. */
 typedef struct RedriveCall RedriveCall;
 
 extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot);
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
-extern bool redrive_commit_after_segment(void);
 extern bool redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error);
 
+extern void redrive_enter_user_code(UserCode *save);
+extern void redrive_leave_user_code(UserCode *save);
 extern void redrive_init_timeouts(bool in_worker);
 extern bool redrive_stop_requested(void);
 extern void redrive_request_stop(SIGNAL_ARGS);

@@ -36,7 +36,7 @@ static ProcessUtility_hook_type previous_utility_hook = NULL;
 
 /* Return the name of the database that the command needs for itself, or NULL. */
 static const char *
-database_of(Node * stmt)
+database_of(Node *stmt)
 {
 	ListCell   *lc;
 
@@ -96,7 +96,7 @@ dismiss_workers(Oid database, bool first)
 
 /* Make room before the command; the server itself judges whether it may run. */
 static void
-make_room(Node * stmt)
+make_room(Node *stmt)
 {
 	const char *name = database_of(stmt);
 	Oid			database = name != NULL ? get_database_oid(name, true) : InvalidOid;
@@ -113,9 +113,9 @@ make_room(Node * stmt)
 }
 
 static void
-process_utility(PlannedStmt * pstmt, const char *query, bool read_only_tree,
+process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 				ProcessUtilityContext context, ParamListInfo params,
-				QueryEnvironment * env, DestReceiver * dest, QueryCompletion * qc)
+				QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
 {
 	if (context == PROCESS_UTILITY_TOPLEVEL && redrive_shared != NULL)
 		make_room(pstmt->utilityStmt);

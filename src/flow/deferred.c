@@ -1,0 +1,115 @@
+/*-------------------------------------------------------------------------
+ *
+ * deferred.c
+ *	  Deferred constraints of users, fired before a segment ends.
+ *
+ * SET CONSTRAINTS ALL IMMEDIATE lasts to the end of the transaction, so the
+ * constraints that are initially deferred are deferred again by name: the next
+ * item finds them as it would in a transaction of its own.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "commands/trigger.h"
+#include "nodes/makefuncs.h"
+#include "utils/inval.h"
+#include "utils/memutils.h"
+#include "utils/syscache.h"
+
+#include "base/spi_call.h"
+#include "flow/deferred.h"
+#include "flow/segment.h"
+
+static RedriveSql deferred_constraints = {
+	"SELECT n.nspname::text AS schema, c.conname::text AS name,"
+	" bool_or(NOT c.condeferrable) AS ambiguous"
+	" FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.connamespace"
+	" WHERE (c.connamespace, c.conname) IN (SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint AS d WHERE d.condeferred)"
+	" GROUP BY n.nspname, c.conname",
+	0, {0}
+};
+
+/* Constraints that are initially deferred, as far as is known. */
+static bool deferred_known = false;
+static MemoryContext deferred_cxt = NULL;
+static List *deferred = NIL;	/* of RangeVar */
+static bool cannot_restore = false; /* names are ambiguous: commit after each
+									 * segment */
+
+/* Invalidation: a constraint of this database was made, changed or dropped. */
+static void
+forget_deferred(Datum arg, int cacheid, uint32 hashvalue)
+{
+	deferred_known = false;
+}
+
+/*
+ * Know which constraints are initially deferred in this database.
+ *
+ * The list lives as long as the process, until a constraint changes.
+ */
+void
+redrive_load_deferred(void)
+{
+	static bool registered = false;
+	MemoryContext old_cxt;
+	uint64		rows;
+
+	if (!registered)
+	{
+		CacheRegisterSyscacheCallback(CONSTROID, forget_deferred, (Datum) 0);
+		deferred_cxt = AllocSetContextCreate(TopMemoryContext, "redrive constraints", ALLOCSET_SMALL_SIZES);
+		registered = true;
+	}
+	while (!deferred_known)
+	{
+		deferred_known = true;	/* unless it changes while we look */
+		rows = redrive_sql(&deferred_constraints, NULL, NULL);
+		MemoryContextReset(deferred_cxt);
+		deferred = NIL;
+		cannot_restore = false;
+		old_cxt = MemoryContextSwitchTo(deferred_cxt);
+		for (uint64 row = 0; row < rows; row++)
+		{
+			if (redrive_bool(row, "ambiguous"))
+				cannot_restore = true;
+			else
+				deferred = lappend(deferred,
+								   makeRangeVar(redrive_text(row, "schema", deferred_cxt),
+												redrive_text(row, "name", deferred_cxt), -1));
+		}
+		MemoryContextSwitchTo(old_cxt);
+	}
+}
+
+/*
+ * Must the interval end with the segment?  True when deferral by default could
+ * not be restored after deferred constraints were fired.
+ */
+bool
+redrive_commit_after_segment(void)
+{
+	return cannot_restore;
+}
+
+/*
+ * Fire deferred triggers now, as the role of the items, and defer again what
+ * is deferred by default.
+ */
+void
+redrive_fire_deferred(void)
+{
+	ConstraintsSetStmt *stmt = makeNode(ConstraintsSetStmt);
+	UserCode	save;
+
+	redrive_enter_user_code(&save);
+	AfterTriggerSetState(stmt);
+	if (deferred != NIL)
+	{
+		stmt->constraints = deferred;
+		stmt->deferred = true;
+		AfterTriggerSetState(stmt);
+	}
+	redrive_leave_user_code(&save);
+}
