@@ -138,6 +138,7 @@ CREATE TABLE redrive.chunks (
     worker_pid int,
     worker_started_at timestamptz,
     rescue_count int NOT NULL DEFAULT 0,
+    claim_done bigint NOT NULL DEFAULT 0,
     claimed_at timestamptz NOT NULL,
     progress_at timestamptz NOT NULL,
     finished_at timestamptz,

@@ -128,7 +128,7 @@ BEGIN
             END IF;
             UPDATE redrive.chunks AS r
             SET state = 'running', lease_token = nextval('redrive.lease_tokens'), worker_pid = p_pid, worker_started_at = p_started_at,
-                to_no = c.to_no, items = c.items, claimed_at = v_now, progress_at = v_now
+                to_no = c.to_no, items = c.items, claim_done = r.done, claimed_at = v_now, progress_at = v_now
             WHERE r.chunk_id = c.chunk_id
             RETURNING r.* INTO c;
             RETURN QUERY SELECT c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,

@@ -22,7 +22,7 @@ BEGIN
         UPDATE redrive.chunks
         SET folded = true
         WHERE batch_id = p_batch_id AND NOT folded AND state = 'done'
-        RETURNING succeeded, ignored, failed, cancelled, waiting, done, finished_at, claimed_at
+        RETURNING succeeded, ignored, failed, cancelled, waiting, done - claim_done AS done, finished_at, claimed_at
     )
     SELECT count(*) AS chunks, coalesce(sum(succeeded), 0) AS succeeded, coalesce(sum(ignored), 0) AS ignored,
         coalesce(sum(failed), 0) AS failed, coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(waiting), 0) AS waiting,
@@ -116,6 +116,10 @@ BEGIN
         WHERE chunk_id = p_chunk_id;
         PERFORM redrive._fold(c.batch_id);
     ELSE
+        -- the rate so far decides how much the next worker takes
+        UPDATE redrive.batches
+        SET items_per_second = greatest(c.done - c.claim_done, 0.1) / greatest(extract(epoch FROM clock_timestamp() - c.claimed_at), 0.001)
+        WHERE batch_id = c.batch_id AND NOT p_lost;
         UPDATE redrive.chunks
         SET state = 'orphaned', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL,
             rescue_count = rescue_count + p_lost::int

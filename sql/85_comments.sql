@@ -95,6 +95,7 @@ COMMENT ON COLUMN redrive.chunks.lease_token IS 'Proof of the claim; changes whe
 COMMENT ON COLUMN redrive.chunks.worker_pid IS 'Process that has the claim';
 COMMENT ON COLUMN redrive.chunks.worker_started_at IS 'When that process started: pids are used again';
 COMMENT ON COLUMN redrive.chunks.rescue_count IS 'How often its worker was lost';
+COMMENT ON COLUMN redrive.chunks.claim_done IS 'done when it was claimed last';
 COMMENT ON COLUMN redrive.chunks.claimed_at IS 'When the worker got it';
 COMMENT ON COLUMN redrive.chunks.progress_at IS 'Last commit of its worker';
 COMMENT ON COLUMN redrive.chunks.finished_at IS 'When all of it was done';

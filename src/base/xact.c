@@ -44,6 +44,22 @@ redrive_connect_nonatomic(void)
 		elog(ERROR, "SPI_connect failed");
 }
 
+/*
+ * End the connection and make a new one: frees the rows of all statements,
+ * which would otherwise pile up as long as a worker is busy.
+ *
+ * The caller's memory context must not be one of the connection.
+ */
+void
+redrive_reconnect(void)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+
+	redrive_disconnect();
+	redrive_connect_nonatomic();
+	MemoryContextSwitchTo(old_cxt);
+}
+
 /* Refuse to run a procedure that commits inside a transaction block. */
 void
 redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what)

@@ -45,7 +45,7 @@
 #define MAX_AT_ONCE 3
 
 /* A chunk that takes longer than this is given back for others to share. */
-#define MAX_CHUNK_US INT64CONST(8000000)
+#define MAX_CHUNK_US INT64CONST(4000000)
 
 /*
  * Return how many items the next segment gets: long enough to be cheap, short
@@ -200,6 +200,7 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 
 	if (error == NULL)
 	{
+		redrive_reconnect();
 		chunk->done += interval->end - interval->first;
 		if (interval->end > interval->first)
 			chunk->done_to = chunk->page[interval->end - 1].item_no;
@@ -371,18 +372,19 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
  *
  * Needs a non-atomic connection with nothing to lose in the transaction that
  * is open; another one is open afterwards.  Returns false when nothing is due.
- * Resets cxt, which holds everything of the turn.
+ * Resets cxt, which holds everything of the turn, and the connection: afterwards
+ * CurrentMemoryContext is that of the new one.
  */
 bool
 redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampTz deadline)
 {
-	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 	int64		hint = slot->hint;
 	bool		worked = false;
 	bool		more = false;
 	bool		callbacks = true;
 	RedriveChunk *chunk;
 
+	MemoryContextSwitchTo(cxt);
 	slot->hint = 0;
 	chunk = redrive_claim(owner, hint, cxt, &more, &callbacks);
 	if (callbacks)
@@ -402,7 +404,8 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 		run_or_give_back(chunk, slot, deadline);
 		show_nothing(slot);
 	}
-	MemoryContextSwitchTo(old_cxt);
+	redrive_disconnect();
+	redrive_connect_nonatomic();
 	MemoryContextReset(cxt);
 	return worked;
 }

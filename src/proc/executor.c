@@ -34,6 +34,23 @@
 #include "flow/segment.h"
 #include "proc/executor.h"
 
+/* Read the settings again; with fewer workers allowed, the last ones leave. */
+static void
+reload_settings(RedriveSlot *slot)
+{
+	int			before = 0;
+
+	ConfigReloadPending = false;
+	ProcessConfigFile(PGC_SIGHUP);
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	for (RedriveSlot *other = redrive_shared->slots; other < slot; other++)
+		if (other->state != SLOT_FREE && !other->foreground)
+			before++;
+	LWLockRelease(redrive_shared->lock);
+	if (before >= redrive_max_workers)
+		slot->leave = true;
+}
+
 static bool
 must_leave(RedriveSlot *slot)
 {
@@ -67,10 +84,7 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 		{
 			worked = true;
 			if (ConfigReloadPending)
-			{
-				ConfigReloadPending = false;
-				ProcessConfigFile(PGC_SIGHUP);
-			}
+				reload_settings(slot);
 		}
 	}
 	else
@@ -108,10 +122,7 @@ redrive_executor_main(Datum arg)
 	{
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
-		{
-			ConfigReloadPending = false;
-			ProcessConfigFile(PGC_SIGHUP);
-		}
+			reload_settings(slot);
 		slot->state = SLOT_CLAIMING;
 		if (work_once(slot, cxt))
 			idle_since = GetCurrentTimestamp();

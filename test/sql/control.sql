@@ -108,10 +108,12 @@ CALL redrive.work();
 SELECT * FROM progress WHERE label = 'half';
 -- Several chunks: what no worker had is cancelled too.
 DELETE FROM done;
+SELECT redrive.alter_handler('h', isolation => 'item');
 SELECT redrive.submit('h', array_agg(CASE WHEN i = 700 THEN '["cancel"]' ELSE '["good"]' END::jsonb ORDER BY i), array_agg('k' || i ORDER BY i), label => 'chunks') > 0 AS submitted FROM generate_series(1, 2000) AS i;
 CALL redrive.work();
-SELECT p.label, p.state, p.succeeded >= 700 AS some, p.succeeded + p.cancelled AS all, p.cancelled > 0 AS cancelled, (SELECT count(*) FROM done) = p.succeeded AS as_done FROM redrive.batch_progress AS p WHERE label = 'chunks';
-SELECT count(*) FILTER (WHERE state = 'succeeded') = (SELECT count(*) FROM done) AS as_done, count(*) FILTER (WHERE state NOT IN ('succeeded', 'cancelled')) AS others FROM redrive.item_status WHERE batch_id = batch('chunks');
+SELECT * FROM progress WHERE label = 'chunks';
+SELECT count(*), max(item_no) FROM done;
+SELECT state, count(*), min(item_no), max(item_no) FROM redrive.item_status WHERE batch_id = batch('chunks') GROUP BY state ORDER BY state;
 SELECT * FROM locked;
 SELECT * FROM broken;
 

@@ -71,9 +71,6 @@ in_turn('batches one after the other, each picked up at once by an idle executor
 # as above, but each needs a new executor, which the supervisor has to start
 $node->append_conf('postgresql.conf', 'redrive.worker_idle_timeout = 0');
 $node->reload;
-ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'redrive executor'", '0')
-	  || as_role('alice', q{SELECT redrive.send('alice quick', '0')}),
-	'idle executors leave');
 in_turn('batches one after the other, each picked up at once by a new executor', 40);
 $node->append_conf('postgresql.conf', "redrive.worker_idle_timeout = '60 s'");
 $node->reload;

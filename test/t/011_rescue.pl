@@ -22,7 +22,7 @@ CREATE FUNCTION do_item(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO effects (item) VALUES (payload::int);
     IF payload::int % 1000 = 140 THEN
-        PERFORM wait_for_gate('item ' || payload);
+        PERFORM wait_for_gate('item ' || payload::text);
     ELSIF payload::int % 100 = 7 THEN
         PERFORM redrive.raise_validation('seven');
     END IF;
