@@ -109,7 +109,11 @@ LANGUAGE sql AS $$
 $$;
 
 SELECT redrive.create_handler('load_package', 'load_package',
+    -- an open batch that nobody adds to for so long is given up; by default an hour
     start_timeout => '5 s');
 SELECT redrive.create_handler('link_dependencies', 'link_dependencies',
+    -- 5 attempts: after 2, 4, 8 and 16 seconds more it is known to be nowhere
     max_retries => 4, retry_delay => '2 s', retry_factor => 2,
+    -- leave workers to those who load
+    max_workers => 2,
     on_unlock => 'note_unlock');

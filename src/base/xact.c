@@ -16,6 +16,7 @@
 #include "nodes/parsenodes.h"
 #include "pgstat.h"
 #include "utils/guc.h"
+#include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
 #include "base/xact.h"
@@ -95,6 +96,8 @@ redrive_worker_begin(void)
 {
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
+	/* SPI comes back to this context, which must outlive the transaction */
+	MemoryContextSwitchTo(TopMemoryContext);
 	redrive_connect_nonatomic();
 }
 

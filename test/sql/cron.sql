@@ -36,7 +36,7 @@ SELECT * FROM jobs;
 CREATE ROLE regress_cron_a SUPERUSER LOGIN;
 UPDATE cron.job SET username = 'regress_cron_a' WHERE jobname = 'pg_redrive rescue_stale';
 SELECT * FROM redrive.schedule_passes('0 0 1 1 *');
-SELECT count(*) FROM cron.job WHERE jobname = 'pg_redrive rescue_stale';
+SELECT * FROM jobs;
 DROP ROLE regress_cron_a;
 -- The commands run.
 SELECT command FROM cron.job WHERE jobname LIKE 'pg_redrive %' ORDER BY jobname \gexec
@@ -89,4 +89,5 @@ SET search_path = scratch;
 SELECT jobname, schedule, command, database FROM cron.job ORDER BY jobname;
 SELECT cron.unschedule(jobid) FROM cron.job ORDER BY jobid;
 DROP DATABASE regress_cron_other WITH (FORCE);
-DROP EXTENSION pg_cron CASCADE;
+DROP VIEW jobs;
+DROP EXTENSION pg_cron;

@@ -11,7 +11,7 @@ WHERE d.refclassid = 'pg_extension'::regclass AND d.refobjid = (SELECT oid FROM 
 SELECT count(*) > 150 AS enough FROM members;
 -- All of it is in our schema, and all of our schema is ours.
 SELECT object FROM members WHERE object !~ '\mredrive\.' AND object <> 'schema redrive' ORDER BY object COLLATE "C";
-SELECT c.oid::regclass FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind NOT IN ('i', 'I', 't') AND NOT EXISTS (SELECT FROM members AS m WHERE m.classid = 'pg_class'::regclass AND m.objid = c.oid) ORDER BY 1;
+SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind NOT IN ('i', 'I', 't', 'c') AND NOT EXISTS (SELECT FROM members AS m WHERE m.classid = 'pg_class'::regclass AND m.objid = c.oid) ORDER BY 1;
 
 -- Without a comment: none.  Columns too, of tables, views and types; not of
 -- partitions, and not those of internal relations.
@@ -35,7 +35,7 @@ SELECT 'routine' AS kind, p.oid::regprocedure::text AS object FROM pg_proc AS p 
 UNION ALL
 SELECT 'relation', c.oid::regclass::text FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND has_table_privilege('public', c.oid, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER')
 UNION ALL
-SELECT 'sequence', c.oid::regclass::text FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind = 'S' AND has_sequence_privilege('public', c.oid, 'SELECT, UPDATE, USAGE')
+SELECT 'sequence', c.oid::regclass::text FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND CASE WHEN c.relkind = 'S' THEN has_sequence_privilege('public', c.oid, 'SELECT, UPDATE, USAGE') END
 UNION ALL
 SELECT 'column', a.attrelid::regclass || '.' || a.attname FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid WHERE c.relnamespace = 'redrive'::regnamespace AND a.attacl IS NOT NULL
 UNION ALL
@@ -54,13 +54,17 @@ WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'S') AND c
 ORDER BY c.relname;
 
 -- The public functions and procedures, and the views: the contract.
+\pset format unaligned
 SELECT p.proname || '(' || pg_get_function_arguments(p.oid) || ')' || coalesce(' -> ' || pg_get_function_result(p.oid), ' procedure') AS routine
 FROM pg_proc AS p WHERE p.pronamespace = 'redrive'::regnamespace AND p.proname NOT LIKE '\_%' ORDER BY p.proname COLLATE "C";
+\pset format aligned
 SELECT c.relname AS view FROM pg_class AS c WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind = 'v' AND c.relname NOT LIKE '\_%' ORDER BY c.relname;
 
 -- A schema of that name that is there already is not adopted; drop takes all
 -- away, with batches or without.
+SET client_min_messages = warning;
 DROP SCHEMA scratch CASCADE;
+RESET client_min_messages;
 RESET search_path;
 SELECT redrive.open_batch('none');
 \echo :SQLSTATE
