@@ -49,7 +49,8 @@ redrive_owner(void)
 /*
  * Run a bookkeeping statement and return the number of rows.
  *
- * The caller is connected to SPI; rows are in SPI_tuptable.  nulls is as for
+ * The caller is connected to SPI; rows are in SPI_tuptable.  CurrentMemoryContext
+ * stays what it is.  nulls is as for
  * SPI_execute_plan.  Throws whatever the statement throws.
  */
 uint64
@@ -60,6 +61,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	int			nestlevel;
 	int			rc;
 	bool		pushed = false;
+	MemoryContext old_cxt = CurrentMemoryContext;
 	const bool	read_only = false;
 
 	/* a worker has no portal whose snapshot functions could use */
@@ -93,6 +95,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	SetUserIdAndSecContext(save_user, save_context);
 	if (pushed)
 		PopActiveSnapshot();
+	MemoryContextSwitchTo(old_cxt); /* SPI leaves its own */
 	return SPI_processed;
 }
 
@@ -208,10 +211,13 @@ redrive_query_open(const char *text, int ncolumns, Oid *types, const char *expec
 int
 redrive_query_fetch(RedriveQuery *query, int rows)
 {
+	MemoryContext old_cxt = CurrentMemoryContext;
+
 	if (query->rows != NULL)
 		SPI_freetuptable(query->rows);
 	SPI_cursor_fetch(query->portal, true, rows);
 	query->rows = SPI_tuptable;
+	MemoryContextSwitchTo(old_cxt);
 	return (int) SPI_processed;
 }
 

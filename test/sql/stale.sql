@@ -38,8 +38,8 @@ LANGUAGE sql AS $$
     LEFT JOIN LATERAL (SELECT * FROM redrive.stale_batches_at(t + border + x.shift) AS y WHERE y.batch_id = scratch.batch(label)) AS s ON true
     ORDER BY x.place, s.reason
 $$;
-CREATE FUNCTION do_pass(pass text, as_of timestamptz) RETURNS TABLE (pass text, outcome text, acted bigint, more boolean, detail text)
-LANGUAGE plpgsql AS $$ BEGIN RETURN QUERY EXECUTE format('SELECT * FROM redrive.%I($1)', pass) USING as_of; END $$;
+CREATE FUNCTION do_pass(name text, as_of timestamptz) RETURNS TABLE (pass text, outcome text, acted bigint, more boolean, detail text)
+LANGUAGE plpgsql AS $$ BEGIN RETURN QUERY EXECUTE format('SELECT * FROM redrive.%I($1)', name) USING as_of; END $$;
 
 -- Nothing is stale when nothing is there.
 SELECT * FROM redrive.stale_batches_at('infinity');
@@ -152,7 +152,8 @@ SELECT * FROM broken;
 SELECT redrive.submit('h', ARRAY['"pause"', '2']::jsonb[], label => 'stuck') > 0 AS submitted;
 CALL redrive.work();
 SELECT redrive.resume_batch(batch('stuck'));
-CALL give_to('stuck', pg_backend_pid(), (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()));
+SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid() \gset
+CALL give_to('stuck', pg_backend_pid(), :'backend_start');
 CALL all_at('stuck', :t);
 SELECT * FROM around('stuck', :t, '10 min');
 SELECT * FROM do_pass('rescue_stale', :t::timestamptz + interval '10 min' - interval '1 us');

@@ -60,9 +60,11 @@ set_gate($node, 'item 140', 1);
 
 # --- a client that works in the foreground
 $node->append_conf('postgresql.conf', 'redrive.max_workers = 0');
+$node->reload;
 ok(poll_until($node, "SELECT count(*) FROM (" . worker_in(1140) . ") AS w", '1'), 'an executor is in item 1140');
 kill_and_wait($node, worker_in(1140));
 ok(poll_until($node, 'SELECT count(*) FROM redrive.workers', '0'), 'no executors any more');
+ok(poll_until($node, "SELECT count(*) FROM redrive.chunks WHERE state = 'running'", '0'), 'its chunk was rescued');
 my ($in, $out, $err) = ("CALL redrive.work();\n", '', '');
 my $session = IPC::Run::start(
 	[ 'psql', '-X', '-d', $node->connstr('postgres') ],
