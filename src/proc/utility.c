@@ -4,9 +4,10 @@
  *	  Commands that need a database to themselves.
  *
  * DROP DATABASE, CREATE DATABASE ... TEMPLATE, and ALTER DATABASE that renames
- * or moves one are refused while anybody is connected.  Our workers leave the
- * database before such a command of its owner runs; the launcher starts them
- * again some seconds later if the database is still there.
+ * or moves one are refused while anybody is connected, and DROP EXTENSION locks
+ * our tables one by one.  Our workers leave the database before such a command of
+ * its owner runs; the launcher starts them again some seconds later if there is
+ * something for them.
  *
  *-------------------------------------------------------------------------
  */
@@ -14,17 +15,20 @@
 
 #include <signal.h>
 
+#include "catalog/namespace.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "storage/latch.h"
 #include "tcop/utility.h"
+#include "utils/acl.h"
 #include "utils/timestamp.h"
 
 #include "base/compat.h"
 #include "base/guc.h"
 #include "base/shmem.h"
+#include "base/spi_call.h"
 #include "proc/utility.h"
 
 /* How long the workers stay away, and how long we wait for them to go. */
@@ -94,6 +98,25 @@ dismiss_workers(Oid database, bool first)
 	return any;
 }
 
+/* Does the command drop or update our extension, and may the caller do that? */
+static bool
+changes_extension(Node *stmt)
+{
+	ListCell   *lc;
+	bool		ours = false;
+
+	if (IsA(stmt, AlterExtensionStmt))
+		ours = strcmp(((AlterExtensionStmt *) stmt)->extname, "pg_redrive") == 0;
+	else if (IsA(stmt, DropStmt) && ((DropStmt *) stmt)->removeType == OBJECT_EXTENSION)
+	{
+		foreach(lc, ((DropStmt *) stmt)->objects)
+			if (strcmp(strVal(lfirst(lc)), "pg_redrive") == 0)
+			ours = true;
+	}
+	return ours && OidIsValid(get_namespace_oid("redrive", true)) &&
+		has_privs_of_role(GetUserId(), redrive_owner());
+}
+
 /* Make room before the command; the server itself judges whether it may run. */
 static void
 make_room(Node *stmt)
@@ -101,7 +124,9 @@ make_room(Node *stmt)
 	const char *name = database_of(stmt);
 	Oid			database = name != NULL ? get_database_oid(name, true) : InvalidOid;
 
-	if (!OidIsValid(database) || database == MyDatabaseId || !redrive_owns_database(database, GetUserId()))
+	if (changes_extension(stmt))
+		database = MyDatabaseId;
+	else if (!OidIsValid(database) || database == MyDatabaseId || !redrive_owns_database(database, GetUserId()))
 		return;
 	for (int i = 0; i < LEAVE_ATTEMPTS && dismiss_workers(database, i == 0); i++)
 	{
