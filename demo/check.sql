@@ -2,7 +2,7 @@
 WITH batch AS (
     SELECT label, total, succeeded, ignored, failed FROM redrive.batch_progress
 ), input AS (
-    SELECT field(body, 'Package') AS name, field(body, 'Description') ~* '\m(transitional|dummy) (dummy )?package' AS transitional
+    SELECT name, field(body, 'Description') ~* '\m(transitional|dummy) (dummy )?package' AS transitional
     FROM stanza
 )
 SELECT c.what, c.expected, c.actual, c.expected = c.actual AS ok

@@ -1,11 +1,19 @@
 -- The tables and the two handlers of the demo.  Run by the role that is to own
 -- them: handlers run with the rights of the role that created them.
 
+-- The value of a field of a stanza, NULL if it has none.
+CREATE FUNCTION field(stanza text, name text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT substring(stanza FROM '(?n)^' || name || ': *(.*)$')
+$$;
+
 -- The input: the stanzas of the package index as they were read.
 CREATE TABLE stanza (
     no bigint GENERATED ALWAYS AS IDENTITY,
+    name text GENERATED ALWAYS AS (field(body, 'Package')) STORED,
     body text NOT NULL
 );
+CREATE INDEX stanza_name_idx ON stanza (name);
 
 -- The output.
 CREATE TABLE package (
@@ -37,12 +45,6 @@ CREATE TABLE linked (
 CREATE TABLE unlocked (
     key text NOT NULL
 );
-
--- The value of a field of a stanza, NULL if it has none.
-CREATE FUNCTION field(stanza text, name text) RETURNS text
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT substring(stanza FROM '(?n)^' || name || ': *(.*)$')
-$$;
 
 -- The names in a part of a list: "a (>= 1) | b:any" gives a and b.
 CREATE FUNCTION names(part text) RETURNS SETOF text

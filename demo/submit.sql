@@ -9,10 +9,8 @@ SELECT redrive.submit_query('load_package',
 -- One item per package, the key is its name: locked until the item is final.
 -- The index may have a package in several versions.
 SELECT redrive.submit_query('link_dependencies',
-    $$SELECT name, jsonb_build_object('depends', depends)
-      FROM (SELECT DISTINCT ON (field(body, 'Package')) no, field(body, 'Package') AS name, field(body, 'Depends') AS depends
-            FROM stanza
-            ORDER BY field(body, 'Package'), no) AS s
+    $$SELECT name, jsonb_build_object('depends', field(body, 'Depends'))
+      FROM (SELECT DISTINCT ON (name) no, name, body FROM stanza ORDER BY name, no) AS s
       ORDER BY no$$,
     label => 'link dependencies');
 

@@ -21,6 +21,9 @@
 
 RedriveShared *redrive_shared = NULL;
 
+/* The slot of this process, freed when it exits. */
+static RedriveSlot *own_slot = NULL;
+
 static shmem_request_hook_type previous_shmem_request_hook = NULL;
 static shmem_startup_hook_type previous_shmem_startup_hook = NULL;
 
@@ -80,9 +83,11 @@ release(RedriveSlot *slot)
 
 /* Free the slot of a process that exits. */
 static void
-free_at_exit(int code, Datum slot)
+free_at_exit(int code, Datum arg)
 {
-	release((RedriveSlot *) DatumGetPointer(slot));
+	if (own_slot != NULL)
+		release(own_slot);
+	own_slot = NULL;
 }
 
 /*
@@ -125,20 +130,25 @@ redrive_slot_take(Oid database, Oid owner, bool foreground)
 void
 redrive_slot_attach(RedriveSlot *slot)
 {
+	static bool registered = false;
+
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 	slot->pid = MyProcPid;
 	slot->latch = MyLatch;
 	slot->state = SLOT_CLAIMING;
 	LWLockRelease(redrive_shared->lock);
-	before_shmem_exit(free_at_exit, PointerGetDatum(slot));
+	own_slot = slot;
+	if (!registered)
+		before_shmem_exit(free_at_exit, (Datum) 0);
+	registered = true;
 }
 
 /* Free a slot of this process, or one whose process never came. */
 void
 redrive_slot_free(RedriveSlot *slot)
 {
-	if (slot->pid == MyProcPid)
-		cancel_before_shmem_exit(free_at_exit, PointerGetDatum(slot));
+	if (slot == own_slot)
+		own_slot = NULL;
 	release(slot);
 }
 
