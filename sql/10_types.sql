@@ -16,7 +16,7 @@ CREATE TYPE redrive.chunk_kind AS ENUM ('first', 'retry');
 COMMENT ON TYPE redrive.chunk_kind IS 'first = a contiguous range of items that were never attempted, retry = failures that were due';
 
 CREATE TYPE redrive.chunk_state AS ENUM ('running', 'done', 'orphaned');
-COMMENT ON TYPE redrive.chunk_state IS 'running -> done or orphaned; orphaned -> running with a new lease token';
+COMMENT ON TYPE redrive.chunk_state IS 'running -> done or orphaned; orphaned -> running with a new lease token, or done when its batch is cancelled';
 
 CREATE TYPE redrive.failure_state AS ENUM ('waiting', 'running', 'recovered', 'failed', 'ignored', 'cancelled');
 COMMENT ON TYPE redrive.failure_state IS 'State of an item that did not succeed at its first attempt';

@@ -52,7 +52,7 @@ SELECT p.batch_id, p.handler, p.label, p.state, p.run_no, p.total,
     p.succeeded, p.ignored, p.failed, p.cancelled, p.waiting, p.running, p.pending,
     CASE WHEN p.total > 0 THEN (p.final * 1000 / p.total)::numeric(5) * 0.1
          WHEN p.state = 'finished' THEN 100.0 END AS percent_done,
-    round(p.rate::numeric, CASE WHEN p.rate < 1 THEN 3 WHEN p.rate < 10 THEN 1 ELSE 0 END) AS items_per_second,
+    round(nullif(p.rate, 0)::numeric, CASE WHEN p.rate < 1 THEN 3 WHEN p.rate < 10 THEN 1 ELSE 0 END) AS items_per_second,
     CASE WHEN p.state NOT IN ('running', 'retrying') THEN NULL
          WHEN p.running + p.pending = 0 THEN date_trunc('second', greatest(p.next_retry_at - now(), interval '0'))
          WHEN p.rate > 0 THEN make_interval(secs => ceil(least((p.running + p.pending) / p.rate, 1e9))) END AS time_left,

@@ -156,7 +156,7 @@ COMMENT ON COLUMN redrive.callbacks.kind IS 'on_unlock or on_finish';
 COMMENT ON COLUMN redrive.callbacks.key IS 'Key that was unlocked';
 COMMENT ON COLUMN redrive.callbacks.run_no IS 'Run of the batch';
 COMMENT ON COLUMN redrive.callbacks.failures IS 'How often the call failed';
-COMMENT ON COLUMN redrive.callbacks.next_attempt_at IS 'When it is due; NULL = given up';
+COMMENT ON COLUMN redrive.callbacks.next_attempt_at IS 'When it is due';
 COMMENT ON COLUMN redrive.callbacks.message IS 'Error of the last try';
 COMMENT ON COLUMN redrive.callbacks.created_at IS 'When it became necessary';
 
@@ -292,7 +292,7 @@ COMMENT ON COLUMN redrive.queue_stats.paused IS 'The handler is paused, see resu
 
 COMMENT ON VIEW redrive.workers IS 'Processes that work for pg_redrive, live';
 COMMENT ON COLUMN redrive.workers.pid IS 'Process, as in pg_stat_activity';
-COMMENT ON COLUMN redrive.workers.kind IS 'executor, foreground or supervisor';
+COMMENT ON COLUMN redrive.workers.kind IS 'executor, or foreground = CALL redrive.work()';
 COMMENT ON COLUMN redrive.workers.handler IS 'Name of the handler';
 COMMENT ON COLUMN redrive.workers.batch_id IS 'Number of the batch';
 COMMENT ON COLUMN redrive.workers.chunk_id IS 'Claim it works on';

@@ -70,7 +70,7 @@ BEGIN
     PERFORM redrive._grant_views(role);
     EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint) TO %I', role);
     -- this is what makes the views show everything
-    EXECUTE format('GRANT SELECT ON redrive.batches TO %I', role);
+    EXECUTE format('GRANT SELECT (batch_id) ON redrive.batches TO %I', role);
 END
 $$;
 COMMENT ON FUNCTION redrive.grant_monitor IS

@@ -217,8 +217,8 @@ unpack_retry(int row, RedriveItem *item)
 /*
  * Read the next page of the chunk's items, those after done_to.
  *
- * Items are read once per page, not once per commit.  Returns false when there
- * are none left.  Needs a transaction.
+ * Items are read once per page, not once per commit.  Returns false, with an
+ * empty page, when items that should be there are not.  Needs a transaction.
  */
 bool
 redrive_fetch_page(RedriveChunk *chunk)
@@ -246,8 +246,6 @@ redrive_fetch_page(RedriveChunk *chunk)
 	}
 	else
 	{
-		if (chunk->done_to >= chunk->to_no)
-			return false;
 		values[2] = Int64GetDatum(chunk->done_to + 1);
 		values[3] = Int64GetDatum(chunk->to_no);
 		values[4] = Int32GetDatum(PAGE_BLOCKS);
@@ -269,9 +267,11 @@ redrive_fetch_page(RedriveChunk *chunk)
 	PopActiveSnapshot();
 	MemoryContextSwitchTo(old_cxt);
 	redrive_free_rows();
+	if (n == 0 || (!chunk->retry && page[n - 1].item_no - chunk->done_to != n))
+		return false;
 	chunk->page = page;
 	chunk->page_items = n;
-	return n > 0;
+	return true;
 }
 
 /*

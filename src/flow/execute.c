@@ -174,9 +174,8 @@ static bool
 commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
-	bool		last_page = chunk->page_items == 0 ||
+	bool		ends_chunk = chunk->page_items > 0 && interval->end == chunk->page_items &&
 	chunk->page[chunk->page_items - 1].item_no >= chunk->to_no;
-	bool		ends_chunk = interval->end == chunk->page_items && last_page;
 	volatile bool live = true;
 	ErrorData  *volatile error = NULL;
 
@@ -258,7 +257,8 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 		{
 			chunk->alone_to = 0;
 			chunk->commit_each = false;
-			(void) redrive_fetch_page(chunk);
+			if (!redrive_fetch_page(chunk))
+				interval.pause_reason = psprintf("items after %lld are missing", (long long) chunk->done_to);
 		}
 		interval.cxt = interval_cxt;
 		interval.started_at = GetCurrentTimestamp();

@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
@@ -67,6 +68,9 @@ redrive_work(PG_FUNCTION_ARGS)
 	MemoryContext cxt;
 	uint32		wait_event = redrive_wait_event("RedriveWork");
 
+	int			save_isolation = DefaultXactIsoLevel;
+	bool		save_read_only = DefaultXactReadOnly;
+
 	redrive_require_nonatomic(fcinfo, "redrive.work()");
 	if (redrive_shared != NULL)
 		slot = redrive_slot_take(MyDatabaseId, GetUserId(), true);
@@ -79,6 +83,10 @@ redrive_work(PG_FUNCTION_ARGS)
 	PG_TRY();
 	{
 		redrive_connect_nonatomic();
+		/* as in an executor, whatever the session has by default */
+		DefaultXactIsoLevel = XACT_READ_COMMITTED;
+		DefaultXactReadOnly = false;
+		redrive_commit();
 		if (redrive_shared == NULL)
 		{
 			/* there is no supervisor to do it */
@@ -103,6 +111,8 @@ redrive_work(PG_FUNCTION_ARGS)
 	}
 	PG_FINALLY();
 	{
+		DefaultXactIsoLevel = save_isolation;
+		DefaultXactReadOnly = save_read_only;
 		if (slot != &own_slot)
 			redrive_slot_free(slot);
 		MemoryContextDelete(cxt);
