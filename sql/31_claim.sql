@@ -80,6 +80,7 @@ DECLARE
     v_chunk_id bigint;
     v_from bigint;
     v_to bigint;
+    v_due bigint[];
 BEGIN
     IF p_hint > 0 THEN
         SELECT s.* INTO b
@@ -155,21 +156,19 @@ BEGIN
             FOR UPDATE SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;
             v_chunk_id := nextval(pg_get_serial_sequence('redrive.chunks', 'chunk_id'));
-            WITH due AS (
+            -- an array, not a join: without statistics a join is planned for one row
+            SELECT array_agg(d.item_no), count(*), min(d.item_no), max(d.item_no) INTO v_due, n, v_from, v_to
+            FROM (
                 SELECT f.item_no
                 FROM redrive.failures AS f
                 WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting' AND f.next_attempt_at <= v_now
                 ORDER BY f.next_attempt_at
                 LIMIT least(20000, greatest(1, redrive._chunk_size(b, p_workers, 1000000000)))
                 FOR UPDATE
-            ), taken AS (
-                UPDATE redrive.failures AS f
-                SET state = 'running', chunk_id = v_chunk_id, next_attempt_at = NULL
-                FROM due
-                WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = due.item_no
-                RETURNING f.item_no
-            )
-            SELECT count(*), min(item_no), max(item_no) INTO n, v_from, v_to FROM taken;
+            ) AS d;
+            UPDATE redrive.failures AS f
+            SET state = 'running', chunk_id = v_chunk_id, next_attempt_at = NULL
+            WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = ANY (v_due);
             UPDATE redrive.batches AS s
             SET next_retry_at = (SELECT min(f.next_attempt_at) FROM redrive.failures AS f
                                  WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'),

@@ -134,26 +134,43 @@ END
 $$;
 
 -- Unlock the keys of a range of items that became final where no user code may
--- run; on_unlock is left to an executor of the owner.  p_chunk_id restricts it
--- to the items of a retry chunk.
+-- run.  p_chunk_id restricts it to the items of a retry chunk.
 CREATE FUNCTION redrive._unlock_range(b redrive.batches, p_from bigint, p_to bigint, p_chunk_id bigint) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_keys text[];
+BEGIN
+    IF NOT b.keyed OR p_from > p_to THEN
+        RETURN 0;
+    END IF;
+    IF p_chunk_id IS NULL THEN
+        SELECT array_agg(i.key) INTO v_keys
+        FROM redrive._items(b.part, b.batch_id, p_from, p_to) AS i
+        WHERE i.key IS NOT NULL;
+    ELSE
+        SELECT array_agg(f.key) INTO v_keys
+        FROM redrive.failures AS f
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.chunk_id = p_chunk_id AND f.state = 'running' AND f.key IS NOT NULL
+          AND f.item_no BETWEEN p_from AND p_to;
+    END IF;
+    RETURN redrive._unlock_keys(b, v_keys);
+END
+$$;
+
+-- Unlock these keys of a batch; on_unlock is left to an executor of the owner.
+CREATE FUNCTION redrive._unlock_keys(b redrive.batches, p_keys text[]) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     v_on_unlock text;
     v_count bigint;
 BEGIN
-    IF NOT b.keyed OR p_from > p_to THEN
+    IF p_keys IS NULL THEN
         RETURN 0;
     END IF;
     SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
     WITH freed AS (
         DELETE FROM redrive.locks AS l
-        USING redrive._items(b.part, b.batch_id, p_from, p_to) AS i
-        WHERE i.key IS NOT NULL
-          AND l.handler_id = b.handler_id AND l.key = i.key AND l.batch_id = b.batch_id AND l.item_no = i.item_no
-          AND (p_chunk_id IS NULL OR EXISTS (
-                SELECT FROM redrive.failures AS f
-                WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = i.item_no AND f.chunk_id = p_chunk_id))
+        WHERE l.handler_id = b.handler_id AND l.key = ANY (p_keys) AND l.batch_id = b.batch_id
         RETURNING l.key
     ), later AS (
         INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, next_attempt_at)

@@ -82,28 +82,18 @@ $$;
 CREATE FUNCTION redrive._end_waiting(b redrive.batches, p_state redrive.failure_state, p_reason redrive.fail_reason, p_before timestamptz) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
-    v_on_unlock text;
     v_count bigint;
+    v_keys text[];
 BEGIN
-    SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
     WITH ended AS (
         UPDATE redrive.failures AS f
         SET state = p_state, reason = p_reason, next_attempt_at = NULL
         WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'
           AND (p_before IS NULL OR f.first_failed_at < p_before)
-        RETURNING f.item_no, f.key
-    ), freed AS (
-        DELETE FROM redrive.locks AS l
-        USING ended
-        WHERE l.handler_id = b.handler_id AND l.key = ended.key AND l.batch_id = b.batch_id AND l.item_no = ended.item_no
-        RETURNING l.key
-    ), later AS (
-        INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, next_attempt_at)
-        SELECT b.handler_id, b.batch_id, 'on_unlock', freed.key, b.run_no, clock_timestamp()
-        FROM freed
-        WHERE v_on_unlock IS NOT NULL
+        RETURNING f.key
     )
-    SELECT count(*) INTO v_count FROM ended;
+    SELECT count(*), array_agg(ended.key) FILTER (WHERE ended.key IS NOT NULL) INTO v_count, v_keys FROM ended;
+    PERFORM redrive._unlock_keys(b, v_keys);
     RETURN v_count;
 END
 $$;

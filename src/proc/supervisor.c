@@ -248,13 +248,14 @@ count_available(Oid owner)
  * A role has work and there is no place for an executor: ask one of another
  * role to leave, an idle one if there is, else one that works.  A role that
  * has no executor at all may push another role's out; one that has some may
- * not.
+ * not.  Returns whether the role has none.
  */
-static void
+static bool
 ask_for_place(Oid owner)
 {
 	RedriveSlot *victim = NULL;
 	bool		has_one = false;
+	bool		leaving = false;
 
 	LWLockAcquire(redrive_shared->lock, LW_SHARED);
 	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
@@ -266,16 +267,17 @@ ask_for_place(Oid owner)
 		if (slot->database == MyDatabaseId && slot->owner == owner)
 			has_one = true;
 		else if (slot->leave)
-			has_one = true;		/* somebody is leaving already */
+			leaving = true;
 		else if (slot->latch != NULL && (victim == NULL || slot->state == SLOT_IDLE))
 			victim = slot;
 	}
-	if (victim != NULL && !has_one)
+	if (victim != NULL && !has_one && !leaving)
 	{
 		victim->leave = true;
 		SetLatch(victim->latch);
 	}
 	LWLockRelease(redrive_shared->lock);
+	return !has_one;
 }
 
 /*
@@ -306,16 +308,13 @@ dispatch(void)
 
 		if (has_penalty(owner, now) || count_available(owner) > 0)
 			continue;
-		if (!start_executor(owner))
-		{
+		if (!start_executor(owner) && ask_for_place(owner))
 			starved = true;
-			ask_for_place(owner);
-		}
 	}
 	/* once per condition: again only when it had cleared for a while */
 	if (starved && redrive_max_workers > 0 && now - starved_at > CLEARED_US)
 		ereport(LOG,
-				(errmsg("pg_redrive has work but no free executor"),
+				(errmsg("pg_redrive has work of a role but no free executor for it"),
 				 errdetail("redrive.max_workers is %d, max_worker_processes %d.", redrive_max_workers, max_worker_processes),
 				 errhint("Work goes on when an executor is free; increase the settings if this is frequent.")));
 	if (starved)

@@ -280,6 +280,30 @@ SELECT item_no, key, state, reason, error_class, sqlstate, message, detail, hint
 FROM redrive.failed_items WHERE batch_id = batch('full error');
 \x
 
+-- An error in the bookkeeping is told as it is; what was good before it is kept,
+-- the chunk is given back, and the work goes on when the cause is gone.
+CREATE FUNCTION boom() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'boom'; END $$;
+CREATE TRIGGER boom BEFORE INSERT ON redrive.failures FOR EACH ROW EXECUTE FUNCTION boom();
+DELETE FROM done;
+SELECT redrive.submit('chunk', ARRAY['"good"', '"bad"', '"good"']::jsonb[], ARRAY['b1', 'b2', 'b3'], label => 'boom') > 0 AS submitted;
+\set VERBOSITY terse
+CALL redrive.work();
+\set VERBOSITY default
+SELECT item_no FROM done ORDER BY item_no;
+SELECT * FROM progress WHERE label = 'boom';
+SELECT * FROM broken;
+DROP TRIGGER boom ON redrive.failures;
+CREATE TRIGGER boom BEFORE UPDATE ON redrive.classification_rules FOR EACH ROW EXECUTE FUNCTION boom();
+\set VERBOSITY terse
+CALL redrive.work();
+\set VERBOSITY default
+SELECT item_no FROM done ORDER BY item_no;
+SELECT * FROM broken;
+DROP TRIGGER boom ON redrive.classification_rules;
+SELECT outcome FROM redrive.rescue_stale(now() + interval '2 min');
+SELECT * FROM progress WHERE label = 'boom';
+SELECT * FROM broken;
+
 -- The procedure itself: it commits, so it stands alone.
 BEGIN;
 CALL redrive.work();

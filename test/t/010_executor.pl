@@ -114,7 +114,7 @@ foreach my $view (split / /, $views)
 	isnt(as_role('bob', "SELECT count(*) FROM redrive.$view"), '0', "bob sees his own rows in $view")
 	  unless $view eq 'stale_batches';
 }
-my ($out, $err);
+my $err;
 foreach my $call ('cancel_batch', 'pause_batch', 'redrive')
 {
 	$node->psql('postgres',

@@ -119,24 +119,24 @@ is( $node->safe_psql('postgres', "SELECT max(c.rescue_count) FROM redrive.chunks
 
 # --- a cancelled query within an item: an error of that item, not of the executor
 $node->safe_psql('postgres', q{SELECT redrive.alter_handler('work', retry_delay => '10 ms')});
-start_batch('query cancelled');
+start_batch('cancelled');
 $pid = $node->safe_psql('postgres', "SELECT pid FROM redrive.workers WHERE item_no = 150");
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
 ok(poll_until($node, "SELECT count(*) FROM redrive.failure_attempts WHERE sqlstate = '57014'", '1'), 'a cancelled item failed');
-finish_batch($node, 'query cancelled');
+finish_batch($node, 'cancelled');
 is($node->safe_psql('postgres', 'SELECT attempts FROM redrive.failures'), '2', '... and succeeded at its second attempt');
 
 # --- switched off and on
-start_batch('switched off');
+start_batch('disabled');
 $node->append_conf('postgresql.conf', 'redrive.enabled = off');
 $node->reload;
-set_gate($node, 'switched off', 1);
+set_gate($node, 'disabled', 1);
 ok(poll_until($node, 'SELECT count(*) FROM redrive.workers', '0'), 'executors leave when redrive.enabled is off');
 is($node->safe_psql('postgres', "SELECT count(*) FROM redrive.chunks WHERE state = 'running'"), '0', '... and give back what they had');
 is($node->safe_psql('postgres', "SELECT (redrive.rescue_stale()).outcome"), 'disabled', 'passes do nothing then');
 $node->append_conf('postgresql.conf', 'redrive.enabled = on');
 $node->reload;
-finish_batch($node, 'switched off');
+finish_batch($node, 'disabled');
 
 # --- a standby does nothing, and goes on where the primary stopped
 $node->backup('base');

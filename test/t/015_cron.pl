@@ -9,7 +9,7 @@ use RedriveTest;
 use Test::More;
 
 my $node = new_node('cron');
-my ($rc, $out, $err);
+my $err;
 
 # --- what schedule_passes says when it cannot work
 $node->psql('postgres', 'SELECT redrive.schedule_passes()', stderr => \$err);
@@ -18,7 +18,7 @@ like($err, qr/HINT:.*CREATE EXTENSION pg_cron/, '... the hint tells what to do')
 
 $node->safe_psql('postgres', 'CREATE DATABASE other');
 $node->safe_psql('other', 'CREATE EXTENSION pg_redrive');
-$rc = $node->psql('other', 'SELECT redrive.schedule_passes()', stderr => \$err);
+$node->psql('other', 'SELECT redrive.schedule_passes()', stderr => \$err);
 like($err, qr/pg_cron is in another database/, 'pg_cron is in another database');
 my ($statements) = $err =~ /HINT:[^\n]*and run:\n(.*;)/s;
 like($statements // '', qr/cron\.schedule_in_database/, '... the hint has the statements to run there');

@@ -9,7 +9,7 @@ use RedriveTest;
 use Test::More;
 
 my $node = new_node('work', conf => "shared_preload_libraries = ''");
-my ($rc, $out, $err);
+my ($out, $err);
 
 create_effects($node);
 $node->safe_psql(
@@ -31,7 +31,6 @@ $node->psql('postgres',
 	stderr => \$err);
 like($err, qr/NOTICE:  no workers will run this batch/, 'submit says that there are no workers');
 like($err, qr/HINT:.*CALL redrive\.work\(\)/, '... and what to do');
-$rc = $node->psql('postgres', "CALL redrive.wait((SELECT batch_id FROM redrive.batch_progress))", stderr => \$err);
 $node->psql('postgres', "\\set VERBOSITY verbose\nSELECT batch_id FROM redrive.batch_progress \\gset\nCALL redrive.wait(:batch_id, '1 min');", stderr => \$err);
 like($err, qr/ERROR:  55000: no workers can run batch/, 'wait() does not wait for ever');
 like($err, qr/HINT:.*CALL redrive\.work\(\)/, '... and says what to do');
@@ -47,10 +46,9 @@ verified_ok($node, 'first');
 set_gate($node, 'item 50', 0);
 $node->safe_psql('postgres', 'DELETE FROM effects');
 $node->safe_psql('postgres', "SELECT redrive.submit('work', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 99) AS i), label => 'second')");
-my $in = "CALL redrive.work();\n";
 my $session = IPC::Run::start(
-	[ 'psql', '-X', '-d', $node->connstr('postgres') ],
-	'<' => \$in, '>' => \$out, '2>' => \$err);
+	[ 'psql', '-X', '-d', $node->connstr('postgres'), '-c', 'CALL redrive.work()' ],
+	'<' => \undef, '>' => \$out, '2>' => \$err);
 ok(poll_until($node, 'SELECT count(*) FROM redrive.workers', '1'), 'a view shows the session that works');
 ok(poll_until($node, "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"), 'it is within an item');
 kill_and_wait($node, 'SELECT pid FROM redrive.workers');
@@ -60,7 +58,7 @@ $node->safe_psql('postgres', 'CALL redrive.work()');
 is($node->safe_psql('postgres', "SELECT state, succeeded, ignored FROM redrive.batch_progress WHERE label = 'second'"), 'finished|90|9', 'the next session finishes the batch');
 is($node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT item) FROM effects'), '90|90', 'nothing is lost, nothing done twice');
 
-# --- passes and their schedule
+# --- passes and their schedule; the setting of pg_cron is there without its library
 is($node->safe_psql('postgres', 'SELECT (redrive.rescue_stale()).outcome, (redrive.retry_failed()).outcome, (redrive.purge()).outcome'),
 	'done|done|done', 'passes run');
 $node->psql('postgres', 'SELECT redrive.schedule_passes()', stderr => \$err);
