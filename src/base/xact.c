@@ -137,9 +137,21 @@ redrive_commit_lazily(void)
 	redrive_commit();
 }
 
-/* Roll back and go on in a new transaction; also after a caught error. */
+/*
+ * Roll back after a caught error and go on in a new transaction.
+ *
+ * The error may have come from within functions that our statements call:
+ * their subtransactions, SPI connections and snapshots are still there, and
+ * SPI_rollback wants to find just our own connection.
+ */
 void
 redrive_rollback(void)
 {
+	while (GetCurrentTransactionNestLevel() > 1)
+		RollbackAndReleaseCurrentSubTransaction();
+	while (!SPI_inside_nonatomic_context())
+		redrive_disconnect();
+	while (ActiveSnapshotSet())
+		PopActiveSnapshot();
 	SPI_rollback();
 }

@@ -50,9 +50,10 @@ typedef struct Submission
 	int64		batch_id;
 } Submission;
 
+/* Locked as the foreign key does it, but before anything depends on it. */
 static RedriveSql find_handler = {
 	"SELECT h.handler_id, h.owner::oid AS owner, h.kind::text AS kind, r.part"
-	" FROM redrive.handlers AS h CROSS JOIN redrive.rotation AS r WHERE h.name = $1",
+	" FROM redrive.handlers AS h CROSS JOIN redrive.rotation AS r WHERE h.name = $1 FOR KEY SHARE OF h",
 	1, {TEXTOID}
 };
 
