@@ -143,7 +143,6 @@ CREATE TABLE redrive.chunks (
     progress_at timestamptz NOT NULL,
     finished_at timestamptz,
     CONSTRAINT chunks_pkey PRIMARY KEY (chunk_id),
-    CONSTRAINT chunks_batch_id_fkey FOREIGN KEY (batch_id) REFERENCES redrive.batches,
     CONSTRAINT chunks_range_check CHECK (from_no <= to_no + 1 AND done_to BETWEEN from_no - 1 AND to_no AND done <= items),
     CONSTRAINT chunks_worker_check CHECK ((state = 'running') = (lease_token IS NOT NULL AND worker_pid IS NOT NULL)),
     CONSTRAINT chunks_done_check CHECK ((state = 'done') = (finished_at IS NOT NULL)),

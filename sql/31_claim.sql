@@ -63,9 +63,8 @@ $$;
 -- there is nothing to do.  The batch row is locked to the end of the caller's
 -- (short) transaction; batches that another session has locked are skipped.
 -- p_workers: how many workers may share a batch, so that none takes all of it.
--- p_hint: a batch that has just become ready for an idle worker, tried first.
 -- p_callbacks: return a row of NULLs when due callbacks come before any chunk.
-CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int, p_hint bigint, p_callbacks boolean)
+CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int, p_callbacks boolean)
 RETURNS TABLE (
     chunk_id bigint, batch_id bigint, handler_id int, part smallint, run_no int, kind redrive.chunk_kind,
     done_to bigint, to_no bigint, items bigint, lease_token bigint, rescue_count int, keyed boolean, more boolean)
@@ -82,18 +81,6 @@ DECLARE
     v_to bigint;
     v_due bigint[];
 BEGIN
-    IF p_hint > 0 THEN
-        SELECT s.* INTO b
-        FROM redrive.batches AS s
-        JOIN redrive.handlers AS x ON x.handler_id = s.handler_id
-        WHERE s.batch_id = p_hint AND s.claimable AND s.serve_after <= v_now
-          AND x.owner = p_owner AND NOT x.paused AND x.max_workers IS NULL
-        FOR UPDATE OF s SKIP LOCKED;
-        IF FOUND THEN
-            RETURN QUERY SELECT * FROM redrive._carve(b, p_pid, p_started_at, p_workers, v_now);
-            RETURN;
-        END IF;
-    END IF;
     FOR cand IN
         SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
         WHERE x.owner = p_owner AND (p_callbacks OR x.work <> 'callback')

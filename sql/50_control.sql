@@ -89,7 +89,7 @@ BEGIN
         UPDATE redrive.failures AS f
         SET state = p_state, reason = p_reason, next_attempt_at = NULL
         WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'
-          AND (p_before IS NULL OR f.first_failed_at < p_before)
+          AND (p_before IS NULL OR f.first_failed_at <= p_before)
         RETURNING f.key
     )
     SELECT count(*), array_agg(ended.key) FILTER (WHERE ended.key IS NOT NULL) INTO v_count, v_keys FROM ended;
@@ -160,7 +160,7 @@ BEGIN
 
     WITH armed AS (
         UPDATE redrive.failures AS f
-        SET state = 'waiting', reason = NULL, retry_count = 0, free_count = attempts, run_no = b.run_no + 1,
+        SET state = 'waiting', reason = NULL, retry_count = 0, free_count = attempts,
             first_failed_at = v_now, next_attempt_at = v_now
         WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed'
           AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)

@@ -63,7 +63,7 @@ BEGIN
             EXECUTE 'SELECT cron.schedule($1, $2, $3)' USING j.job_name, j.schedule, j.command;
         ELSE
             -- schedule() would leave a job that was made inactive so
-            EXECUTE 'SELECT cron.alter_job($1, schedule := $2, command := $3, active := true)' USING v_ids[1], j.schedule, j.command;
+            EXECUTE 'SELECT cron.alter_job($1, schedule := $2, command := $3, username := current_user::text, active := true)' USING v_ids[1], j.schedule, j.command;
             EXECUTE 'SELECT cron.unschedule(i) FROM unnest($1) AS i' USING v_ids[2:];
         END IF;
     END LOOP;

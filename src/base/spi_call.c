@@ -23,6 +23,17 @@
 #include "base/spi_call.h"
 
 /*
+ * Settings of our statements.  A plan that is made while a table is small is
+ * kept while it grows: it shall use the index from the start.
+ */
+static const char *const settings[][2] = {
+	{"search_path", "pg_catalog, pg_temp"},
+	{"enable_seqscan", "off"},
+	{"plan_cache_mode", "force_generic_plan"},
+	{"jit", "off"},
+};
+
+/*
  * Return the role that owns the extension's schema.
  *
  * Needs a transaction.  Throws 42704 when the extension is not there.
@@ -74,9 +85,10 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	SetUserIdAndSecContext(redrive_owner(),
 						   save_context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
 	nestlevel = NewGUCNestLevel();
-	(void) set_config_option("search_path", "pg_catalog, pg_temp",
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
+	for (int i = 0; i < lengthof(settings); i++)
+		(void) set_config_option(settings[i][0], settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
 
 	if (sql->plan == NULL)
 	{
@@ -97,6 +109,36 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 		PopActiveSnapshot();
 	MemoryContextSwitchTo(old_cxt); /* SPI leaves its own */
 	return SPI_processed;
+}
+
+/* The same for a statement on the partitions of one part. */
+uint64
+redrive_part_sql(RedrivePartSql * sql, int part, Datum *values, const char *nulls)
+{
+	RedriveSql *own;
+
+	if (part < 0 || part >= REDRIVE_MAX_PARTS)
+		elog(ERROR, "part %d does not exist", part);
+	own = &sql->parts[part];
+	if (own->text == NULL)
+	{
+		StringInfoData text;
+		MemoryContext old_cxt = MemoryContextSwitchTo(TopMemoryContext);
+
+		initStringInfo(&text);
+		for (const char *c = sql->text; *c; c++)
+		{
+			if (*c == '@')
+				appendStringInfo(&text, "%d", part);
+			else
+				appendStringInfoChar(&text, *c);
+		}
+		own->nargs = sql->nargs;
+		memcpy(own->argtypes, sql->argtypes, sizeof(own->argtypes));
+		own->text = text.data;
+		MemoryContextSwitchTo(old_cxt);
+	}
+	return redrive_sql(own, values, nulls);
 }
 
 /* The same for a statement that must return exactly one row. */

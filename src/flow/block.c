@@ -19,31 +19,43 @@
 
 #define MAX_KEY_BYTES 1024
 
-static RedriveSql insert_block = {
-	"INSERT INTO redrive.item_blocks (part, batch_id, first_no, items, bytes, keys, payloads)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7)",
-	7, {INT2OID, INT8OID, INT8OID, INT4OID, INT4OID, TEXTARRAYOID, JSONBARRAYOID}
+static RedrivePartSql insert_block =
+{
+	"INSERT INTO redrive.item_blocks_@ (part, batch_id, first_no, items, bytes, keys, payloads)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7)",
+		7,
+	{
+		INT2OID, INT8OID, INT8OID, INT4OID, INT4OID, TEXTARRAYOID, JSONBARRAYOID
+	}
 };
 
 /* In key order, so that two submitters wait for each other in one direction. */
-static RedriveSql insert_locks = {
+static RedrivePartSql insert_locks =
+{
 	"INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)"
-	" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
-	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
-	" ORDER BY u.key"
-	" ON CONFLICT DO NOTHING",
-	4, {INT4OID, INT2OID, INT8OID, INT8OID}
+		" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
+		" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+		" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
+		" ORDER BY u.key"
+		" ON CONFLICT DO NOTHING",
+		4,
+	{
+		INT4OID, INT2OID, INT8OID, INT8OID
+	}
 };
 
-static RedriveSql find_lock_holder = {
+static RedrivePartSql find_lock_holder =
+{
 	"SELECT u.key, l.batch_id"
-	" FROM redrive.item_blocks AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-	" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
-	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
-	" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
-	" LIMIT 1",
-	4, {INT4OID, INT2OID, INT8OID, INT8OID}
+		" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+		" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
+		" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
+		" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
+		" LIMIT 1",
+		4,
+	{
+		INT4OID, INT2OID, INT8OID, INT8OID
+	}
 };
 
 /* Begin to write blocks of a batch that has so many items already. */
@@ -83,7 +95,7 @@ redrive_flush_block(BlockWriter *writer)
 		nulls[5] = 'n';
 	}
 	values[6] = PointerGetDatum(construct_array(writer->payloads, writer->items, JSONBOID, -1, false, TYPALIGN_INT));
-	(void) redrive_sql(&insert_block, values, nulls);
+	(void) redrive_part_sql(&insert_block, writer->part, values, nulls);
 	pfree(DatumGetPointer(values[6]));
 	if (writer->has_key)
 		pfree(DatumGetPointer(values[5]));
@@ -140,9 +152,9 @@ redrive_lock_keys(BlockWriter *writer, int32 handler_id, int64 first_no)
 	values[1] = Int16GetDatum(writer->part);
 	values[2] = Int64GetDatum(writer->batch_id);
 	values[3] = Int64GetDatum(first_no);
-	if (redrive_sql(&insert_locks, values, NULL) == writer->keys_total)
+	if (redrive_part_sql(&insert_locks, writer->part, values, NULL) == writer->keys_total)
 		return;
-	if (redrive_sql(&find_lock_holder, values, NULL) == 0)
+	if (redrive_part_sql(&find_lock_holder, writer->part, values, NULL) == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 				 errmsg("a key was locked by a batch that has just ended"),

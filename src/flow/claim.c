@@ -25,45 +25,87 @@
 #include "base/xact.h"
 #include "flow/claim.h"
 
-/* A page of items ends after this many blocks, or this many bytes. */
+/* A page of items has so many blocks, or one that is larger than this. */
 #define PAGE_BLOCKS 64
-#define PAGE_BYTES (4 * 1024 * 1024)
+#define PAGE_BLOCK_BYTES 65536
 #define PAGE_RETRIES 4096
+
+/* A batch of so few items is claimed whole by the worker that is woken for it. */
+#define SMALL_BATCH 100
+
+/* The policy of a handler, read with each claim. */
+#define HANDLER_COLUMNS \
+	" h.handler_id, h.name, h.function, h.signature::text AS signature, h.max_retries," \
+	" (extract(epoch FROM h.retry_delay) * 1000000)::bigint AS retry_delay, h.retry_factor," \
+	" (extract(epoch FROM h.retry_delay_max) * 1000000)::bigint AS retry_delay_max," \
+	" (extract(epoch FROM h.item_timeout) * 1000000)::bigint AS item_timeout," \
+	" (extract(epoch FROM h.commit_interval) * 1000000)::bigint AS commit_interval," \
+	" h.isolation = 'item' AS one_by_one, h.on_unlock"
 
 static RedriveSql claim_chunk = {
 	"SELECT c.chunk_id, c.batch_id, c.part, c.run_no, c.kind = 'retry' AS retry, c.done_to, c.to_no, c.items,"
-	" c.lease_token, c.keyed, c.more, h.handler_id, h.name, h.function, h.signature::text AS signature, h.max_retries,"
-	" (extract(epoch FROM h.retry_delay) * 1000000)::bigint AS retry_delay, h.retry_factor,"
-	" (extract(epoch FROM h.retry_delay_max) * 1000000)::bigint AS retry_delay_max,"
-	" (extract(epoch FROM h.item_timeout) * 1000000)::bigint AS item_timeout,"
-	" (extract(epoch FROM h.commit_interval) * 1000000)::bigint AS commit_interval,"
-	" h.isolation = 'item' AS one_by_one, h.on_unlock"
-	" FROM redrive._claim($1, $2, $3, $4, $5, $6) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
-	6, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, INT8OID, BOOLOID}
+	" c.lease_token, c.keyed, c.more," HANDLER_COLUMNS
+	" FROM redrive._claim($1, $2, $3, $4, $5) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
+	5, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, BOOLOID}
 };
 
-/* The block that holds the first wanted item, and those after it. */
-static RedriveSql fetch_items = {
-	"SELECT b.first_no, b.keys, b.payloads"
-	" FROM (SELECT i.first_no, i.keys, i.payloads, i.bytes, sum(i.bytes::bigint) OVER (ORDER BY i.first_no) AS upto"
-	"  FROM (SELECT * FROM redrive.item_blocks AS x"
-	"   WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= $4"
-	"   AND x.first_no >= (SELECT max(y.first_no) FROM redrive.item_blocks AS y"
-	"    WHERE y.part = $1 AND y.batch_id = $2 AND y.first_no <= $3)"
-	"   ORDER BY x.first_no LIMIT $5) AS i) AS b"
-	" WHERE b.upto - b.bytes < $6 OR b.upto = b.bytes ORDER BY b.first_no",
-	6, {INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT8OID}
+/*
+ * The whole of a batch that has just become ready, for the worker that was
+ * woken for it: what _claim would do, in one statement.
+ */
+static RedriveSql claim_hinted = {
+	"WITH b AS MATERIALIZED ("
+	"  SELECT s.batch_id, s.part, s.run_no, s.total, s.keyed, h.*"
+	"  FROM redrive.batches AS s JOIN redrive.handlers AS h ON h.handler_id = s.handler_id"
+	"  WHERE s.batch_id = $4 AND s.claimable AND s.claimed_to = 0 AND s.total <= $5 AND s.serve_after <= $6"
+	"  AND h.owner = $1 AND NOT h.paused AND h.max_workers IS NULL"
+	"  FOR UPDATE OF s SKIP LOCKED),"
+	" u AS (UPDATE redrive.batches AS s"
+	"  SET state = 'running', claimed_to = s.total, serve_after = $6, last_progress_at = $6, started_at = coalesce(s.started_at, $6)"
+	"  FROM b WHERE s.batch_id = b.batch_id),"
+	" c AS (INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,"
+	"   lease_token, worker_pid, worker_started_at, claimed_at, progress_at)"
+	"  SELECT b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', 1, b.total, 0, b.total,"
+	"   nextval('redrive.lease_tokens'), $2, $3, $6, $6 FROM b"
+	"  RETURNING chunk_id, done_to, to_no, items, lease_token)"
+	" SELECT c.chunk_id, h.batch_id, h.part, h.run_no, false AS retry, c.done_to, c.to_no, c.items, c.lease_token,"
+	" h.keyed, false AS more," HANDLER_COLUMNS
+	" FROM c CROSS JOIN b AS h",
+	6, {OIDOID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, TIMESTAMPTZOID}
 };
 
-static RedriveSql fetch_retries = {
-	"SELECT f.item_no, f.free_count, f.attempts,"
-	" b.keys[f.item_no - b.first_no + 1] AS key, b.payloads[f.item_no - b.first_no + 1] AS payload"
-	" FROM redrive.failures AS f CROSS JOIN LATERAL ("
-	"  SELECT x.first_no, x.keys, x.payloads FROM redrive.item_blocks AS x"
-	"  WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= f.item_no ORDER BY x.first_no DESC LIMIT 1) AS b"
-	" WHERE f.part = $1 AND f.batch_id = $2 AND f.chunk_id = $3 AND f.state = 'running' AND f.item_no > $4"
-	" ORDER BY f.item_no LIMIT $5",
-	5, {INT2OID, INT8OID, INT8OID, INT8OID, INT4OID}
+/* The block that holds the first wanted item, and small ones after it. */
+static RedrivePartSql fetch_items =
+{
+	"SELECT x.first_no, x.items, x.keys, x.payloads FROM redrive.item_blocks_@ AS x"
+		" WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= $4"
+		" AND x.first_no >= (SELECT y.first_no FROM redrive.item_blocks_@ AS y"
+		"  WHERE y.part = $1 AND y.batch_id = $2 AND y.first_no <= $3 ORDER BY y.first_no DESC LIMIT 1)"
+		" AND (x.first_no <= $3 OR x.bytes <= $6)"
+		" ORDER BY x.first_no LIMIT $5",
+		6,
+	{
+		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
+	}
+};
+
+/* Each with its block; only the payloads that are used are taken apart. */
+static RedrivePartSql fetch_retries =
+{
+	"SELECT r.item_no, r.free_count, r.attempts, r.keys[r.place] AS key, r.payloads[r.place] AS payload"
+		" FROM (SELECT f.item_no, f.free_count, f.attempts, (f.item_no - b.first_no + 1)::int AS place, b.keys, b.payloads,"
+		"  b.bytes / b.items AS size, sum(b.bytes / b.items) OVER (ORDER BY f.item_no) AS upto"
+		"  FROM (SELECT * FROM redrive.failures_@ AS x"
+		"   WHERE x.part = $1 AND x.batch_id = $2 AND x.chunk_id = $3 AND x.state = 'running' AND x.item_no > $4"
+		"   ORDER BY x.item_no LIMIT $5) AS f"
+		"  CROSS JOIN LATERAL (SELECT * FROM redrive.item_blocks_@ AS x"
+		"   WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= f.item_no ORDER BY x.first_no DESC LIMIT 1) AS b) AS r"
+		" WHERE r.upto - r.size < $6"
+		" ORDER BY r.item_no",
+		6,
+	{
+		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
+	}
 };
 
 static RedriveSql give_back = {
@@ -124,14 +166,21 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	values[0] = ObjectIdGetDatum(owner);
 	values[1] = Int32GetDatum(MyProcPid);
 	values[2] = TimestampTzGetDatum(MyStartTimestamp);
-	values[3] = Int32GetDatum(Max(redrive_max_workers, 1));
-	values[4] = Int64GetDatum(hint);
-	values[5] = BoolGetDatum(*callbacks);
-	*callbacks = false;
-	if (redrive_sql(&claim_chunk, values, NULL) == 0)
+	values[3] = Int64GetDatum(hint);
+	values[4] = Int64GetDatum(SMALL_BATCH);
+	values[5] = TimestampTzGetDatum(GetCurrentTimestamp());
+	if (hint != 0 && redrive_sql(&claim_hinted, values, NULL) == 1)
+		*callbacks = false;
+	else
 	{
-		redrive_commit();
-		return NULL;
+		values[3] = Int32GetDatum(Max(redrive_max_workers, 1));
+		values[4] = BoolGetDatum(*callbacks);
+		*callbacks = false;
+		if (redrive_sql(&claim_chunk, values, NULL) == 0)
+		{
+			redrive_commit();
+			return NULL;
+		}
 	}
 	if (redrive_int64(0, "chunk_id") == 0)
 	{
@@ -229,6 +278,7 @@ redrive_fetch_page(RedriveChunk *chunk)
 	RedriveItem *page;
 	int			n = 0;
 	int			room = 1024;
+	int64		next_no = 0;
 
 	MemoryContextReset(chunk->page_cxt);
 	chunk->page = NULL;
@@ -241,7 +291,8 @@ redrive_fetch_page(RedriveChunk *chunk)
 		values[2] = Int64GetDatum(chunk->chunk_id);
 		values[3] = Int64GetDatum(chunk->done_to);
 		values[4] = Int32GetDatum(PAGE_RETRIES);
-		rows = redrive_sql(&fetch_retries, values, NULL);
+		values[5] = Int32GetDatum(PAGE_BLOCKS * PAGE_BLOCK_BYTES);
+		rows = redrive_part_sql(&fetch_retries, chunk->part, values, NULL);
 		room = Max(rows, 1);
 	}
 	else
@@ -249,8 +300,8 @@ redrive_fetch_page(RedriveChunk *chunk)
 		values[2] = Int64GetDatum(chunk->done_to + 1);
 		values[3] = Int64GetDatum(chunk->to_no);
 		values[4] = Int32GetDatum(PAGE_BLOCKS);
-		values[5] = Int64GetDatum(PAGE_BYTES);
-		rows = redrive_sql(&fetch_items, values, NULL);
+		values[5] = Int32GetDatum(PAGE_BLOCK_BYTES);
+		rows = redrive_part_sql(&fetch_items, chunk->part, values, NULL);
 	}
 
 	old_cxt = MemoryContextSwitchTo(chunk->page_cxt);
@@ -259,6 +310,13 @@ redrive_fetch_page(RedriveChunk *chunk)
 	PushActiveSnapshot(GetTransactionSnapshot());
 	for (uint64 row = 0; row < rows; row++)
 	{
+		bool		isnull;
+
+		/* a large block in between is left to a page of its own */
+		if (!chunk->retry && row > 0 && redrive_int64(row, "first_no") != next_no)
+			break;
+		if (!chunk->retry)
+			next_no = redrive_int64(row, "first_no") + DatumGetInt32(redrive_column(row, "items", &isnull));
 		if (chunk->retry)
 			unpack_retry(row, &page[n++]);
 		else

@@ -184,7 +184,16 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 		MemoryContextSwitchTo(interval->cxt);
 		live = redrive_record(chunk, interval, ends_chunk);
 		MemoryContextSwitchTo(old_cxt);
-		redrive_commit();
+
+		/*
+		 * An interval that ends early for want of subtransactions need not
+		 * wait for the disk: a crash would lose effects and books alike, and
+		 * the items run again.  The last interval of a chunk always waits.
+		 */
+		if (interval->live_subxacts >= MAX_LIVE_SUBXACTS && !ends_chunk && !chunk->handler.one_by_one)
+			redrive_commit_lazily();
+		else
+			redrive_commit();
 	}
 	PG_CATCH();
 	{
@@ -398,6 +407,9 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 	if (chunk != NULL)
 	{
 		worked = true;
+		/* woken for another batch while we took this one: pass it on */
+		if (slot->state == SLOT_CLAIMING && !slot->foreground)
+			more = true;
 		if (more)
 			redrive_wake_now(owner, false, 0);
 		show_chunk(slot, chunk);

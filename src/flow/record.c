@@ -44,42 +44,59 @@ static const Oid failure_types[F_COLUMNS] = {
 	" AS v (item_no, state, reason, rule_id, error_class, sqlstate, fingerprint, retry_count, free_count," \
 	" attempts, failed_at, next_attempt_at, key, message, detail, hint, context, constraint_name)"
 
-static RedriveSql insert_failures = {
-	"INSERT INTO redrive.failures (part, batch_id, item_no, handler_id, run_no, state, reason, rule_id, error_class,"
-	" sqlstate, fingerprint, retry_count, free_count, attempts, first_failed_at, last_failed_at, next_attempt_at,"
-	" key, message, detail, hint, context, constraint_name)"
-	" SELECT $1, $2, v.item_no, $3, $4, v.state::redrive.failure_state, v.reason::redrive.fail_reason, v.rule_id, v.error_class,"
-	" v.sqlstate, v.fingerprint, v.retry_count, v.free_count, v.attempts, v.failed_at, v.failed_at, v.next_attempt_at,"
-	" v.key, v.message, v.detail, v.hint, v.context, v.constraint_name"
-	" FROM" FAILURE_UNNEST,
-	4 + F_COLUMNS, {INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS}
+static RedrivePartSql insert_failures =
+{
+	"INSERT INTO redrive.failures_@ (part, batch_id, item_no, handler_id, run_no, state, reason, rule_id, error_class,"
+		" sqlstate, fingerprint, retry_count, free_count, attempts, first_failed_at, last_failed_at, next_attempt_at,"
+		" key, message, detail, hint, context, constraint_name)"
+		" SELECT $1, $2, v.item_no, $3, $4, v.state::redrive.failure_state, v.reason::redrive.fail_reason, v.rule_id, v.error_class,"
+		" v.sqlstate, v.fingerprint, v.retry_count, v.free_count, v.attempts, v.failed_at, v.failed_at, v.next_attempt_at,"
+		" v.key, v.message, v.detail, v.hint, v.context, v.constraint_name"
+		" FROM" FAILURE_UNNEST,
+		4 + F_COLUMNS,
+	{
+		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
+	}
 };
 
 /* The attempt that the failures row tells of goes to the log. */
-static RedriveSql log_superseded = {
-	"INSERT INTO redrive.failure_log (part, batch_id, item_no, attempt, run_no, failed_at, error_class, sqlstate,"
-	" fingerprint, message, detail, hint, context, constraint_name)"
-	" SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,"
-	" f.fingerprint, f.message, f.detail, f.hint, f.context, f.constraint_name"
-	" FROM redrive.failures AS f WHERE f.part = $1 AND f.batch_id = $2 AND f.item_no = ANY ($3)",
-	3, {INT2OID, INT8OID, INT8ARRAYOID}
+static RedrivePartSql log_superseded =
+{
+	"INSERT INTO redrive.failure_log_@ (part, batch_id, item_no, attempt, run_no, failed_at, error_class, sqlstate,"
+		" fingerprint, message, detail, hint, context, constraint_name)"
+		" SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,"
+		" f.fingerprint, f.message, f.detail, f.hint, f.context, f.constraint_name"
+		" FROM redrive.failures_@ AS f WHERE f.part = $1 AND f.batch_id = $2 AND f.item_no = ANY ($3)",
+		3,
+	{
+		INT2OID, INT8OID, INT8ARRAYOID
+	}
 };
 
-static RedriveSql update_failures = {
-	"UPDATE redrive.failures AS f SET state = v.state::redrive.failure_state, reason = v.reason::redrive.fail_reason,"
-	" rule_id = v.rule_id, error_class = v.error_class, sqlstate = v.sqlstate, fingerprint = v.fingerprint,"
-	" retry_count = v.retry_count, free_count = v.free_count, attempts = v.attempts, last_failed_at = v.failed_at,"
-	" next_attempt_at = v.next_attempt_at, message = v.message, detail = v.detail, hint = v.hint, context = v.context,"
-	" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
-	" FROM" FAILURE_UNNEST
-	" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = v.item_no AND f.state = 'running'",
-	4 + F_COLUMNS, {INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS}
+static RedrivePartSql update_failures =
+{
+	"UPDATE redrive.failures_@ AS f SET state = v.state::redrive.failure_state, reason = v.reason::redrive.fail_reason,"
+		" rule_id = v.rule_id, error_class = v.error_class, sqlstate = v.sqlstate, fingerprint = v.fingerprint,"
+		" retry_count = v.retry_count, free_count = v.free_count, attempts = v.attempts, last_failed_at = v.failed_at,"
+		" next_attempt_at = v.next_attempt_at, message = v.message, detail = v.detail, hint = v.hint, context = v.context,"
+		" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
+		" FROM" FAILURE_UNNEST
+		" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = ANY ($5)"
+		" AND f.item_no = v.item_no AND f.state = 'running'",
+		4 + F_COLUMNS,
+	{
+		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
+	}
 };
 
-static RedriveSql recover_failures = {
-	"UPDATE redrive.failures SET state = 'recovered', attempts = attempts + 1, chunk_id = NULL"
-	" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND state = 'running'",
-	3, {INT2OID, INT8OID, INT8ARRAYOID}
+static RedrivePartSql recover_failures =
+{
+	"UPDATE redrive.failures_@ SET state = 'recovered', attempts = attempts + 1, chunk_id = NULL"
+		" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND state = 'running'",
+		3,
+	{
+		INT2OID, INT8OID, INT8ARRAYOID
+	}
 };
 
 static RedriveSql release_locks = {
@@ -188,11 +205,11 @@ store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
 	if (chunk->retry)
 	{
 		values[2] = values[4 + F_ITEM_NO];
-		(void) redrive_sql(&log_superseded, values, NULL);
+		(void) redrive_part_sql(&log_superseded, chunk->part, values, NULL);
 	}
 	values[2] = Int32GetDatum(chunk->handler.handler_id);
 	values[3] = Int32GetDatum(chunk->run_no);
-	(void) redrive_sql(chunk->retry ? &update_failures : &insert_failures, values, NULL);
+	(void) redrive_part_sql(chunk->retry ? &update_failures : &insert_failures, chunk->part, values, NULL);
 }
 
 /* Mark the items of a retry chunk that succeeded. */
@@ -204,7 +221,7 @@ store_recovered(RedriveChunk *chunk, int n, Datum *item_nos)
 	values[0] = Int16GetDatum(chunk->part);
 	values[1] = Int64GetDatum(chunk->batch_id);
 	values[2] = make_array(INT8OID, n, item_nos, palloc0(n * sizeof(bool)));
-	(void) redrive_sql(&recover_failures, values, NULL);
+	(void) redrive_part_sql(&recover_failures, chunk->part, values, NULL);
 }
 
 /*

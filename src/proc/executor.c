@@ -79,9 +79,16 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 	redrive_worker_begin();
 	if (OidIsValid(get_extension_oid("pg_redrive", true)))
 	{
-		while (!must_leave(slot) &&
-			   redrive_execute_next(slot, GetUserId(), cxt, 0))
+		for (;;)
 		{
+			/*
+			 * Say that we are idle, then look: a commit before that is seen
+			 * by the look, one after it finds an idle executor to wake.
+			 */
+			slot->state = SLOT_IDLE;
+			pg_memory_barrier();
+			if (must_leave(slot) || !redrive_execute_next(slot, GetUserId(), cxt, 0))
+				break;
 			worked = true;
 			if (ConfigReloadPending)
 				reload_settings(slot);
@@ -123,21 +130,8 @@ redrive_executor_main(Datum arg)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload_settings(slot);
-		slot->state = SLOT_CLAIMING;
 		if (work_once(slot, cxt))
 			idle_since = GetCurrentTimestamp();
-
-		/*
-		 * Say that we are idle, then look once more: a commit before that is
-		 * seen by the look, one after it finds an idle executor to wake.
-		 */
-		slot->state = SLOT_IDLE;
-		pg_memory_barrier();
-		if (work_once(slot, cxt))
-		{
-			idle_since = GetCurrentTimestamp();
-			continue;
-		}
 		if (TimestampDifferenceExceeds(idle_since, GetCurrentTimestamp(), redrive_worker_idle_timeout))
 			break;
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
