@@ -73,6 +73,7 @@ static RedrivePartSql log_superseded =
 	}
 };
 
+/* chunk_id says that it is running: by state the index of running ones would be scanned, row by row. */
 static RedrivePartSql update_failures =
 {
 	"UPDATE redrive.failures_@ AS f SET state = v.state::redrive.failure_state, reason = v.reason::redrive.fail_reason,"
@@ -82,7 +83,7 @@ static RedrivePartSql update_failures =
 		" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
 		" FROM" FAILURE_UNNEST
 		" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = ANY ($5)"
-		" AND f.item_no = v.item_no AND f.state = 'running'",
+		" AND f.item_no = v.item_no AND f.chunk_id IS NOT NULL",
 		4 + F_COLUMNS,
 	{
 		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
@@ -92,7 +93,7 @@ static RedrivePartSql update_failures =
 static RedrivePartSql recover_failures =
 {
 	"UPDATE redrive.failures_@ SET state = 'recovered', attempts = attempts + 1, chunk_id = NULL"
-		" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND state = 'running'",
+		" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND chunk_id IS NOT NULL",
 		3,
 	{
 		INT2OID, INT8OID, INT8ARRAYOID

@@ -4,7 +4,8 @@
 #
 # Seen red: with AtEOXact_GUC(true, ...) in leave_user_code of src/flow/segment.c
 # items find the settings of others and bookkeeping fails; without
-# SECURITY_LOCAL_USERID_CHANGE in enter_user_code roles can be changed.
+# SECURITY_LOCAL_USERID_CHANGE in enter_user_code roles can be changed; with
+# "deferred = false" in redrive_fire_deferred item 8 of the deferred batch fails.
 use strict;
 use warnings;
 
