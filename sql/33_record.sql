@@ -70,6 +70,14 @@ BEGIN
 END
 $$;
 
+-- Fold the ended chunks whose worker could not do it, or did it in a commit that
+-- a crash swallowed; return how many batches had any.
+CREATE FUNCTION redrive._fold_ended() RETURNS bigint
+LANGUAGE sql AS $$
+    SELECT count(redrive._fold(c.batch_id))
+    FROM (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x WHERE NOT x.folded AND x.state = 'done') AS c
+$$;
+
 -- Pause a live batch; the caller holds its row lock or does not care who wins.
 CREATE FUNCTION redrive._pause(b redrive.batches, p_reason text) RETURNS void
 LANGUAGE sql AS $$

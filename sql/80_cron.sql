@@ -21,7 +21,8 @@ DECLARE
     v_here text := current_database();
     v_statements text;
 BEGIN
-    IF v_database IS NULL THEN
+    -- the setting alone may be a left-over line of the configuration file
+    IF v_database IS NULL OR current_setting('shared_preload_libraries') !~ '\mpg_cron\M' THEN
         RAISE EXCEPTION 'pg_cron is not loaded' USING ERRCODE = '55000',
             DETAIL = format('shared_preload_libraries is "%s".', current_setting('shared_preload_libraries')),
             HINT = format('Put pg_cron in shared_preload_libraries, set cron.database_name = ''%s'', restart the server, and run CREATE EXTENSION pg_cron. Without pg_cron, call redrive.run_pass() from another scheduler.', v_here);

@@ -61,7 +61,7 @@ typedef struct Penalty
 	TimestampTz until;
 } Penalty;
 
-static RedriveSql orphan_lost = {"SELECT redrive._orphan_lost()", 0, {0}};
+static RedriveSql rescue = {"SELECT redrive._orphan_lost(), redrive._fold_ended()", 0, {0}};
 
 static RedriveSql list_owners = {
 	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
@@ -344,7 +344,7 @@ redrive_supervisor_main(Datum arg)
 {
 	RedriveDatabase *entry;
 	bool		taken;
-	bool		rescue = true;
+	bool		must_rescue = true;
 	TimestampTz rescued_at = 0;
 	uint32		wait_event;
 
@@ -380,7 +380,7 @@ redrive_supervisor_main(Datum arg)
 		}
 		ResetLatch(MyLatch);
 		if (reap_executors())
-			rescue = true;
+			must_rescue = true;
 
 		redrive_worker_begin();
 		if (!extension_present())
@@ -388,11 +388,11 @@ redrive_supervisor_main(Datum arg)
 			redrive_worker_end();
 			break;
 		}
-		if (rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
+		if (must_rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
 		{
-			(void) redrive_sql(&orphan_lost, NULL, NULL);
+			(void) redrive_sql(&rescue, NULL, NULL);
 			redrive_commit();
-			rescue = false;
+			must_rescue = false;
 			rescued_at = GetCurrentTimestamp();
 		}
 		if (redrive_enabled)

@@ -40,7 +40,7 @@ static RedriveSql batch_state = {
 	1, {INT8OID}
 };
 
-static RedriveSql orphan_lost = {"SELECT redrive._orphan_lost()", 0, {0}};
+static RedriveSql rescue = {"SELECT redrive._orphan_lost(), redrive._fold_ended()", 0, {0}};
 
 /* Return the time an interval after now, 0 for no interval. */
 static TimestampTz
@@ -90,7 +90,7 @@ redrive_work(PG_FUNCTION_ARGS)
 		if (redrive_shared == NULL)
 		{
 			/* there is no supervisor to do it */
-			(void) redrive_sql(&orphan_lost, NULL, NULL);
+			(void) redrive_sql(&rescue, NULL, NULL);
 			redrive_commit();
 		}
 		for (;;)
