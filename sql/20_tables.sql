@@ -67,6 +67,7 @@ CREATE TABLE redrive.batches (
     failed bigint NOT NULL DEFAULT 0,
     cancelled bigint NOT NULL DEFAULT 0,
     waiting bigint NOT NULL DEFAULT 0,
+    failures_accepted bigint NOT NULL DEFAULT 0,
     keyed boolean NOT NULL DEFAULT false,
     submitted_by regrole NOT NULL,
     run_at timestamptz NOT NULL,

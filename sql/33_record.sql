@@ -13,6 +13,7 @@ DECLARE
     h redrive.handlers;
     s record;
     v_live boolean;
+    v_waiting bigint;
 BEGIN
     SELECT * INTO b FROM redrive.batches WHERE batch_id = p_batch_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -40,15 +41,20 @@ BEGIN
 
     v_live := b.claimed_to < b.total OR EXISTS (SELECT FROM redrive.chunks WHERE batch_id = p_batch_id AND NOT folded);
     SELECT * INTO h FROM redrive.handlers WHERE handler_id = b.handler_id;
-    IF b.state IN ('running', 'retrying') AND (b.waiting > 0 OR v_live) AND b.failed > h.tolerated_failures THEN
-        PERFORM redrive._pause(b, format('%s items failed, %s are tolerated', b.failed, h.tolerated_failures));
+    IF b.state IN ('running', 'retrying') AND (b.waiting > 0 OR v_live) AND b.failed - b.failures_accepted > h.tolerated_failures THEN
+        PERFORM redrive._pause(b, format('%s items failed, %s are tolerated', b.failed - b.failures_accepted, h.tolerated_failures));
         RETURN 'paused';
     END IF;
     IF v_live THEN
         RETURN b.state;
     END IF;
     IF b.state = 'cancelled' AND b.finished_at IS NULL THEN
-        UPDATE redrive.batches SET finished_at = clock_timestamp() WHERE batch_id = p_batch_id;
+        -- failures that a worker committed after the cancel
+        v_waiting := redrive._end_waiting(b, 'cancelled', NULL, NULL);
+        UPDATE redrive.batches
+        SET finished_at = clock_timestamp(), cancelled = cancelled + v_waiting, waiting = waiting - v_waiting,
+            next_retry_at = NULL, oldest_failure_at = NULL
+        WHERE batch_id = p_batch_id;
     ELSIF b.state = 'running' AND b.waiting > 0 THEN
         UPDATE redrive.batches
         SET state = 'retrying', attempted_at = clock_timestamp()

@@ -30,6 +30,8 @@ BEGIN
     END IF;
     UPDATE redrive.batches
     SET pause_reason = NULL, last_progress_at = clock_timestamp(),
+        -- whoever resumes it has seen the failures so far
+        failures_accepted = failed + coalesce((SELECT sum(c.failed) FROM redrive.chunks AS c WHERE c.batch_id = p_batch_id AND NOT c.folded), 0),
         state = CASE WHEN started_at IS NULL THEN 'ready'
                      WHEN attempted_at IS NOT NULL AND claimed_to = total THEN 'retrying'
                      ELSE 'running' END::redrive.batch_state
@@ -175,7 +177,7 @@ BEGIN
             HINT = 'See redrive.failed_items for what can be redriven.';
     END IF;
     UPDATE redrive.batches
-    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, waiting = waiting + v_count,
+    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, waiting = waiting + v_count, failures_accepted = 0,
         next_retry_at = v_now, oldest_failure_at = least(oldest_failure_at, v_now), finished_at = NULL, attempted_at = NULL,
         last_progress_at = v_now
     WHERE batch_id = p_batch_id;

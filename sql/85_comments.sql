@@ -45,6 +45,7 @@ COMMENT ON COLUMN redrive.batches.ignored IS 'Items that were ignored, in folded
 COMMENT ON COLUMN redrive.batches.failed IS 'Items that failed for good, in folded chunks';
 COMMENT ON COLUMN redrive.batches.cancelled IS 'Items that were cancelled, in folded chunks';
 COMMENT ON COLUMN redrive.batches.waiting IS 'Failed items that wait for their next attempt, in folded chunks';
+COMMENT ON COLUMN redrive.batches.failures_accepted IS 'Failed items when it was resumed; they do not count against tolerated_failures';
 COMMENT ON COLUMN redrive.batches.keyed IS 'Some items have keys, which are locked while the items live';
 COMMENT ON COLUMN redrive.batches.submitted_by IS 'Role that submitted it';
 COMMENT ON COLUMN redrive.batches.run_at IS 'Not run before this time';

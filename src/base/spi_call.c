@@ -96,7 +96,8 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 
 		if (plan == NULL)
 			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
+		if (!sql->once)
+			SPI_keepplan(plan);
 		sql->plan = plan;
 	}
 	rc = SPI_execute_plan(sql->plan, values, nulls, read_only, 0);
@@ -206,15 +207,6 @@ redrive_free_rows(void)
 {
 	SPI_freetuptable(SPI_tuptable);
 	SPI_tuptable = NULL;
-}
-
-/* Forget the plan of a statement that was made for one call. */
-void
-redrive_free_plan(RedriveSql *sql)
-{
-	if (sql->plan != NULL)
-		SPI_freeplan(sql->plan);
-	sql->plan = NULL;
 }
 
 /*

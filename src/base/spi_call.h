@@ -18,6 +18,7 @@ typedef struct RedriveSql
 	const char *text;
 	int			nargs;
 	Oid			argtypes[REDRIVE_MAX_ARGS];
+	bool		once;			/* the plan goes with the connection */
 	SPIPlanPtr	plan;			/* made at first use, lives as long as the
 								 * backend */
 } RedriveSql;
@@ -54,7 +55,6 @@ extern int64 redrive_int64(int row, const char *name);
 extern bool redrive_bool(int row, const char *name);
 extern char *redrive_text(int row, const char *name, MemoryContext cxt);
 extern void redrive_free_rows(void);
-extern void redrive_free_plan(RedriveSql *sql);
 extern RedriveQuery *redrive_query_open(const char *text, int ncolumns, Oid *types, const char *expected);
 extern int	redrive_query_fetch(RedriveQuery *query, int rows);
 extern Datum redrive_query_column(RedriveQuery *query, int row, int column, bool *isnull);

@@ -147,11 +147,14 @@ redrive_commit_lazily(void)
 void
 redrive_rollback(void)
 {
+	MemoryContext old_cxt = CurrentMemoryContext;
+
 	while (GetCurrentTransactionNestLevel() > 1)
 		RollbackAndReleaseCurrentSubTransaction();
 	while (!SPI_inside_nonatomic_context())
 		redrive_disconnect();
 	while (ActiveSnapshotSet())
 		PopActiveSnapshot();
+	MemoryContextSwitchTo(old_cxt);
 	SPI_rollback();
 }

@@ -128,7 +128,6 @@ typedef struct RedriveInterval
 	TimestampTz started_at;
 	int			first;			/* index in the page */
 	int			end;			/* settled up to here (exclusive) */
-	int			live_subxacts;	/* committed, with an xid */
 	bool		stop;			/* record what is settled and end the interval */
 	char	   *pause_reason;	/* set: pause the batch too */
 } RedriveInterval;

@@ -17,16 +17,18 @@
 
 #include "base/backoff.h"
 #include "base/spi_call.h"
+#include "base/wake.h"
 #include "base/xact.h"
 #include "flow/callback.h"
 #include "flow/segment.h"
 
 #define CALLBACK_DELAY_US 1000000
 #define CALLBACK_DELAY_MAX_US INT64CONST(3600000000)
-#define CALLBACKS_AT_ONCE 100
+#define CALLBACKS_AT_ONCE 50
 
 static RedriveSql due_callbacks = {
 	"SELECT k.callback_id, k.kind = 'on_finish' AS on_finish, k.key, k.batch_id, k.run_no, k.failures,"
+	" (extract(epoch FROM h.item_timeout) * 1000000)::bigint AS item_timeout,"
 	" CASE k.kind WHEN 'on_finish' THEN h.on_finish ELSE h.on_unlock END AS function"
 	" FROM redrive.callbacks AS k JOIN redrive.handlers AS h ON h.handler_id = k.handler_id"
 	" WHERE h.owner = $1 AND NOT h.paused AND k.next_attempt_at <= clock_timestamp()"
@@ -51,6 +53,7 @@ typedef struct Callback
 	bool		on_finish;
 	Datum		args[2];
 	int32		failures;
+	int64		timeout_us;		/* 0 = the default */
 	char	   *function;		/* NULL = the handler has none any more */
 } Callback;
 
@@ -63,7 +66,7 @@ run_callback(Callback *callback)
 
 	values[0] = Int64GetDatum(callback->callback_id);
 	if (callback->function == NULL ||
-		redrive_run_callbacks(callback->function, callback->on_finish, 1, callback->args, &error))
+		redrive_run_callbacks(callback->function, callback->on_finish, callback->timeout_us, 1, callback->args, &error))
 	{
 		(void) redrive_sql(&delete_callback, values, NULL);
 		return;
@@ -73,6 +76,7 @@ run_callback(Callback *callback)
 													callback->failures, callback->callback_id));
 	values[2] = CStringGetTextDatum(error->message ? error->message : "");
 	(void) redrive_sql(&delay_callback, values, NULL);
+	redrive_wake_supervisor_at_commit();
 }
 
 /*
@@ -103,6 +107,7 @@ redrive_run_due_callbacks(RedriveSlot *slot, Oid owner)
 		callback->callback_id = redrive_int64(row, "callback_id");
 		callback->on_finish = redrive_bool(row, "on_finish");
 		callback->failures = DatumGetInt32(redrive_column(row, "failures", &isnull));
+		callback->timeout_us = redrive_int64(row, "item_timeout");
 		callback->function = redrive_text(row, "function", CurrentMemoryContext);
 		if (callback->on_finish)
 		{

@@ -109,8 +109,8 @@ static RedrivePartSql fetch_retries =
 };
 
 static RedriveSql give_back = {
-	"SELECT redrive._give_back($1, $2, false)",
-	2, {INT8OID, INT8OID}
+	"SELECT redrive._give_back($1, $2, $3)",
+	3, {INT8OID, INT8OID, BOOLOID}
 };
 
 static RedriveSql fold = {
@@ -334,15 +334,17 @@ redrive_fetch_page(RedriveChunk *chunk)
 
 /*
  * Give the rest of the chunk back, for another worker to take, and commit.
- * Does nothing when it has been taken over.
+ * Does nothing when it has been taken over.  lost: after an error; counted, and
+ * too many pause the batch.
  */
 void
-redrive_give_back(RedriveChunk *chunk)
+redrive_give_back(RedriveChunk *chunk, bool lost)
 {
-	Datum		values[2];
+	Datum		values[3];
 
 	values[0] = Int64GetDatum(chunk->chunk_id);
 	values[1] = Int64GetDatum(chunk->lease_token);
+	values[2] = BoolGetDatum(lost);
 	(void) redrive_sql(&give_back, values, NULL);
 	redrive_batch_ended_at_commit();
 	redrive_commit();

@@ -12,7 +12,7 @@
 
 extern RedriveChunk *redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *callbacks);
 extern bool redrive_fetch_page(RedriveChunk *chunk);
-extern void redrive_give_back(RedriveChunk *chunk);
+extern void redrive_give_back(RedriveChunk *chunk, bool lost);
 extern void redrive_fold(RedriveChunk *chunk);
 
 #endif							/* REDRIVE_CLAIM_H */

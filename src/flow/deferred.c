@@ -12,6 +12,7 @@
 #include "postgres.h"
 
 #include "commands/trigger.h"
+#include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "utils/inval.h"
 #include "utils/memutils.h"
@@ -25,7 +26,8 @@ static RedriveSql deferred_constraints = {
 	"SELECT n.nspname::text AS schema, c.conname::text AS name,"
 	" bool_or(NOT c.condeferrable) AS ambiguous"
 	" FROM pg_catalog.pg_constraint AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.connamespace"
-	" WHERE (c.connamespace, c.conname) IN (SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint AS d WHERE d.condeferred)"
+	" WHERE (n.nspname !~ '^pg_temp_' OR n.oid = pg_catalog.pg_my_temp_schema())"
+	" AND (c.connamespace, c.conname) IN (SELECT d.connamespace, d.conname FROM pg_catalog.pg_constraint AS d WHERE d.condeferred)"
 	" GROUP BY n.nspname, c.conname",
 	0, {0}
 };
@@ -96,20 +98,31 @@ redrive_commit_after_segment(void)
 /*
  * Fire deferred triggers now, as the role of the items, and defer again what
  * is deferred by default.
+ *
+ * The latter fires nothing, and is done with our rights: the owner of the
+ * handler need not have rights on all schemas that have such a constraint.
  */
 void
 redrive_fire_deferred(void)
 {
 	ConstraintsSetStmt *stmt = makeNode(ConstraintsSetStmt);
 	UserCode	save;
+	Oid			save_user;
+	int			save_context;
 
 	redrive_enter_user_code(&save);
 	AfterTriggerSetState(stmt);
-	if (deferred != NIL)
-	{
-		stmt->constraints = deferred;
-		stmt->deferred = true;
-		AfterTriggerSetState(stmt);
-	}
 	redrive_leave_user_code(&save);
+
+	/* one may have been dropped while the items ran */
+	AcceptInvalidationMessages();
+	redrive_load_deferred();
+	if (deferred == NIL)
+		return;
+	stmt->constraints = deferred;
+	stmt->deferred = true;
+	GetUserIdAndSecContext(&save_user, &save_context);
+	SetUserIdAndSecContext(redrive_owner(), save_context | SECURITY_LOCAL_USERID_CHANGE);
+	AfterTriggerSetState(stmt);
+	SetUserIdAndSecContext(save_user, save_context);
 }

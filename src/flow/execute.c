@@ -35,9 +35,6 @@
 #define MAX_SEGMENT 250
 #define MAX_INTERVAL_ITEMS 2000
 
-/* The cache of a backend has room for 64; beyond it everybody gets slower. */
-#define MAX_LIVE_SUBXACTS 50
-
 /* A failure rate decays over about so many items. */
 #define RATE_WINDOW 50
 
@@ -67,7 +64,7 @@ interval_full(RedriveChunk *chunk, RedriveInterval *interval)
 
 	return interval->stop ||
 		items >= MAX_INTERVAL_ITEMS ||
-		interval->live_subxacts >= MAX_LIVE_SUBXACTS ||
+		redrive_live_subxacts() >= MAX_LIVE_SUBXACTS ||
 		(items > 0 && (chunk->handler.one_by_one || (chunk->commit_each && interval->end <= chunk->alone_to))) ||
 		redrive_stop_requested() ||
 		(items > 0 && GetCurrentTimestamp() - interval->started_at >= chunk->handler.commit_interval);
@@ -120,7 +117,6 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 		if (result.error == NULL)
 		{
 			chunk->failure_rate *= pow(1.0 - 1.0 / RATE_WINDOW, result.reached - interval->end);
-			interval->live_subxacts += result.live;
 			interval->end = result.reached;
 			/* the time may run out in a replay: then the failed item is next */
 			if (resume >= 0 && interval->end == resume)
@@ -176,6 +172,7 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 	MemoryContext old_cxt = CurrentMemoryContext;
 	bool		ends_chunk = chunk->page_items > 0 && interval->end == chunk->page_items &&
 	chunk->page[chunk->page_items - 1].item_no >= chunk->to_no;
+	const int	subxacts = redrive_live_subxacts();
 	volatile bool live = true;
 	ErrorData  *volatile error = NULL;
 
@@ -190,7 +187,7 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 		 * wait for the disk: a crash would lose effects and books alike, and
 		 * the items run again.  The last interval of a chunk always waits.
 		 */
-		if (interval->live_subxacts >= MAX_LIVE_SUBXACTS && !ends_chunk && !chunk->handler.one_by_one)
+		if (subxacts >= MAX_LIVE_SUBXACTS && !ends_chunk && !chunk->handler.one_by_one)
 			redrive_commit_lazily();
 		else
 			redrive_commit();
@@ -226,7 +223,6 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 		if (chunk->commit_failed)
 			ReThrowError(error);	/* not even the failure can be recorded */
 		chunk->commit_failed = true;
-		interval->live_subxacts = 0;
 		interval->pause_reason = NULL;
 		if (interval->end > interval->first)
 		{
@@ -331,7 +327,7 @@ pause_for_defect(RedriveChunk *chunk, ErrorData *error)
 	interval.pause_reason = psprintf("handler \"%s\" cannot run: %s", chunk->handler.name, error->message);
 	(void) redrive_record(chunk, &interval, false);
 	redrive_commit();
-	redrive_give_back(chunk);
+	redrive_give_back(chunk, false);
 }
 
 /* Run a claimed chunk; on an error give it back before throwing on. */
@@ -349,7 +345,7 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 			redrive_fold(chunk);
 		}
 		else
-			redrive_give_back(chunk);
+			redrive_give_back(chunk, false);
 	}
 	PG_CATCH();
 	{
@@ -369,7 +365,8 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 			pause_for_defect(chunk, error);
 		else
 		{
-			redrive_give_back(chunk);
+			/* counted like a lost worker, so that it ends in a pause */
+			redrive_give_back(chunk, error->sqlerrcode != ERRCODE_QUERY_CANCELED);
 			ReThrowError(error);
 		}
 	}
@@ -393,6 +390,7 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 	bool		callbacks = true;
 	RedriveChunk *chunk;
 
+	redrive_arm_stop();
 	MemoryContextSwitchTo(cxt);
 	slot->hint = 0;
 	chunk = redrive_claim(owner, hint, cxt, &more, &callbacks);
@@ -416,6 +414,7 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 		run_or_give_back(chunk, slot, deadline);
 		show_nothing(slot);
 	}
+	redrive_disarm_stop();
 	redrive_disconnect();
 	redrive_connect_nonatomic();
 	MemoryContextReset(cxt);

@@ -200,6 +200,7 @@ redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *value
 	}
 	appendStringInfoString(&text, ") AS result");
 	sql.text = text.data;
+	sql.once = true;
 	sql.nargs = nargs;
 
 	redrive_connect();
@@ -215,7 +216,6 @@ redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *value
 		result = datumCopy(result, byval, len);
 		MemoryContextSwitchTo(spi_cxt);
 	}
-	redrive_free_plan(&sql);
 	redrive_disconnect();
 	fcinfo->isnull = isnull && rettype != VOIDOID;
 	return fcinfo->isnull || rettype == VOIDOID ? (Datum) 0 : result;

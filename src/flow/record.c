@@ -241,7 +241,7 @@ unlock(RedriveChunk *chunk, int n, Datum *keys)
 	(void) redrive_sql(&release_locks, values, NULL);
 	if (chunk->handler.on_unlock == NULL)
 		return;
-	if (redrive_run_callbacks(chunk->handler.on_unlock, false, n, keys, &error))
+	if (redrive_run_callbacks(chunk->handler.on_unlock, false, chunk->handler.item_timeout, n, keys, &error))
 		return;
 	values[3] = Int32GetDatum(chunk->run_no);
 	values[4] = CStringGetTextDatum(error->message ? error->message : "");

@@ -36,6 +36,9 @@
 #include "flow/handler.h"
 #include "flow/segment.h"
 
+/* A callback of a handler without item_timeout has so long. */
+#define CALLBACK_TIMEOUT_US INT64CONST(60000000)
+
 struct RedriveCall
 {
 	RedriveChunk *chunk;
@@ -112,8 +115,32 @@ redrive_init_timeouts(bool worker)
 		done = true;
 	}
 	in_worker = worker;
-	if (worker)
+}
+
+/* Watch, once a second, for a stop that the running item does not follow. */
+void
+redrive_arm_stop(void)
+{
+	if (in_worker)
 		enable_timeout_every(stop_tick, GetCurrentTimestamp(), 1000);
+}
+
+/* Stop watching: an idle worker shall not be woken by it. */
+void
+redrive_disarm_stop(void)
+{
+	if (in_worker)
+		disable_timeout(stop_tick, false);
+}
+
+/*
+ * Count the subtransactions of this transaction that have an id and are not
+ * rolled back, those within handlers included.
+ */
+int
+redrive_live_subxacts(void)
+{
+	return MyProc->subxidStatus.overflowed ? PGPROC_MAX_CACHED_SUBXIDS : MyProc->subxidStatus.count;
 }
 
 /* Enter code of users: as the session's own role, which it cannot change. */
@@ -218,6 +245,7 @@ run_item(RedriveCall *call, RedriveItem *item)
 	call->slot->item_started_at = GetCurrentTimestamp();
 	call->slot->item_no = item->item_no;
 	set_arguments(call, item);
+	item_timed_out = false;
 	if (timeout_us > 0)
 		enable_timeout_after(item_timeout, (int) Max(timeout_us / 1000, 1));
 
@@ -269,9 +297,6 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 
 	result->error = NULL;
 	result->failed = -1;
-	result->live = false;
-	item_timed_out = false;
-	redrive_load_deferred();
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -283,7 +308,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 			run_item(call, &page[current]);
 			good = good + 1;
 			call->slot->open_succeeded++;
-			if (stop_requested || call->slot->item_started_at - interval->started_at >= interval_us)
+			if (stop_requested || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS ||
+				call->slot->item_started_at - interval->started_at >= interval_us)
 			{
 				current++;
 				break;
@@ -295,7 +321,6 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		current = to;			/* an error from here on is nobody's in
 								 * particular */
 		redrive_fire_deferred();
-		result->live = TransactionIdIsValid(GetCurrentTransactionIdIfAny());
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
 		CurrentResourceOwner = old_owner;
@@ -313,8 +338,9 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		if (is_ours(result->error))
 			ReThrowError(result->error);
 		if (item_timed_out)
-		{
 			QueryCancelPending = false;
+		if (item_timed_out && result->error->sqlerrcode == ERRCODE_QUERY_CANCELED)
+		{
 			result->error->message = MemoryContextStrdup(interval->cxt, "item timeout");
 			result->error->detail = MemoryContextStrdup(interval->cxt,
 														psprintf("The item ran longer than %lld ms.",
@@ -335,7 +361,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
  * CurrentMemoryContext, when any call fails.
  */
 bool
-redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error)
+redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
+					  int n, Datum *args, ErrorData **error)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	ResourceOwner old_owner = CurrentResourceOwner;
@@ -370,22 +397,27 @@ redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, 
 				fcinfo->args[1].value = args[2 * i + 1];
 				fcinfo->args[1].isnull = false;
 			}
+			item_timed_out = false;
+			enable_timeout_after(item_timeout, (int) ((timeout_us > 0 ? timeout_us : CALLBACK_TIMEOUT_US) / 1000));
 			PushActiveSnapshot(GetTransactionSnapshot());
 			redrive_enter_user_code(&save);
 			(void) FunctionCallInvoke(fcinfo);
 			redrive_leave_user_code(&save);
 			PopActiveSnapshot();
+			disable_timeout(item_timeout, false);
+			CHECK_FOR_INTERRUPTS();
 			CommandCounterIncrement();
 		}
-		redrive_enter_user_code(&save);
-		AfterTriggerSetState(makeNode(ConstraintsSetStmt));
-		redrive_leave_user_code(&save);
+		redrive_fire_deferred();
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
 		CurrentResourceOwner = old_owner;
 	}
 	PG_CATCH();
 	{
+		disable_timeout(item_timeout, false);
+		if (item_timed_out)
+			QueryCancelPending = false;
 		MemoryContextSwitchTo(old_cxt);
 		*error = CopyErrorData();
 		FlushErrorState();

@@ -18,7 +18,6 @@ typedef struct SegmentResult
 	int			failed;			/* page index of the item that failed, -1 =
 								 * not known */
 	ErrorData  *error;			/* NULL = no item failed */
-	bool		live;			/* took a transaction id */
 } SegmentResult;
 
 /* Identity and settings around code of users. */
@@ -29,14 +28,21 @@ typedef struct UserCode
 	int			nestlevel;
 } UserCode;
 
+/* The cache of a backend has room for 64; beyond it everybody gets slower. */
+#define MAX_LIVE_SUBXACTS 50
+
 /* A function prepared to be called for many items. */
 typedef struct RedriveCall RedriveCall;
 
 extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot);
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
-extern bool redrive_run_callbacks(const char *function, bool on_finish, int n, Datum *args, ErrorData **error);
+extern bool redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
+								  int n, Datum *args, ErrorData **error);
 
+extern int	redrive_live_subxacts(void);
+extern void redrive_arm_stop(void);
+extern void redrive_disarm_stop(void);
 extern void redrive_enter_user_code(UserCode *save);
 extern void redrive_leave_user_code(UserCode *save);
 extern void redrive_init_timeouts(bool in_worker);

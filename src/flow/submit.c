@@ -227,6 +227,16 @@ deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
 	return n;
 }
 
+/* Have the batch run after the commit; the supervisor waits for a set time. */
+static void
+wake(Submission *submission)
+{
+	if (submission->run_at_isnull)
+		redrive_wake_at_commit(submission->owner, submission->batch_id);
+	else
+		redrive_wake_supervisor_at_commit();
+}
+
 /* Submit a sealed batch of items that are all here. */
 static int64
 submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *key_nulls)
@@ -245,7 +255,7 @@ submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *
 			redrive_add_item(writer, payloads[i], keys ? keys[i] : (Datum) 0, keys ? key_nulls[i] : true);
 		redrive_flush_block(writer);
 		redrive_lock_keys(writer, submission->handler_id, 1);
-		redrive_wake_at_commit(submission->owner, submission->run_at_isnull ? submission->batch_id : 0);
+		wake(submission);
 	}
 	redrive_disconnect();
 	notice_not_preloaded();
@@ -455,7 +465,7 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 					 errhint("Submit at least one item, or use redrive.open_batch().")));
 		redrive_lock_keys(writer, submission.handler_id, 1);
 		store_total(submission.batch_id, total, writer->keys_total > 0, true);
-		redrive_wake_at_commit(submission.owner, submission.run_at_isnull ? submission.batch_id : 0);
+		wake(&submission);
 	}
 	redrive_disconnect();
 	notice_not_preloaded();

@@ -67,6 +67,7 @@ fix_settings(void)
 	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("default_transaction_deferrable", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("role", "none", PGC_USERSET, PGC_S_OVERRIDE);
 	SetConfigOption("application_name", "redrive executor", PGC_USERSET, PGC_S_SESSION);
 }
 
@@ -87,7 +88,7 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 			 */
 			slot->state = SLOT_IDLE;
 			pg_memory_barrier();
-			if (must_leave(slot) || !redrive_execute_next(slot, GetUserId(), cxt, 0))
+			if (must_leave(slot) || !redrive_execute_next(slot, slot->owner, cxt, 0))
 				break;
 			worked = true;
 			if (ConfigReloadPending)
@@ -120,6 +121,8 @@ redrive_executor_main(Datum arg)
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(slot->database, slot->owner, REDRIVE_OWNER_CONNECTION_FLAGS);
 	fix_settings();
+	if (GetUserId() != slot->owner)
+		elog(ERROR, "executor is not its owner's");
 	redrive_init_timeouts(true);
 	wait_event = redrive_wait_event("RedriveExecutorIdle");
 	cxt = AllocSetContextCreate(TopMemoryContext, "redrive executor", ALLOCSET_DEFAULT_SIZES);
@@ -134,6 +137,8 @@ redrive_executor_main(Datum arg)
 			idle_since = GetCurrentTimestamp();
 		if (TimestampDifferenceExceeds(idle_since, GetCurrentTimestamp(), redrive_worker_idle_timeout))
 			break;
+		if (slot->state != SLOT_IDLE)
+			continue;			/* woken while we looked */
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Max(redrive_worker_idle_timeout, 1), wait_event);
 		ResetLatch(MyLatch);
