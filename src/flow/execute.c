@@ -408,9 +408,10 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 		/* woken for another batch while we took this one: pass it on */
 		if (slot->state == SLOT_CLAIMING && !slot->foreground)
 			more = true;
+		show_chunk(slot, chunk);
+		/* only now: before, our own slot might be the idle one it finds */
 		if (more)
 			redrive_wake_now(owner, false, 0);
-		show_chunk(slot, chunk);
 		run_or_give_back(chunk, slot, deadline);
 		show_nothing(slot);
 	}
