@@ -162,6 +162,7 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	RedriveChunk *chunk;
 	MemoryContext cxt;
 	bool		isnull;
+	const bool	look_for_callbacks = *callbacks;
 
 	values[0] = ObjectIdGetDatum(owner);
 	values[1] = Int32GetDatum(MyProcPid);
@@ -181,6 +182,17 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 			redrive_commit();
 			return NULL;
 		}
+	}
+	(void) redrive_column(0, "handler_id", &isnull);
+	if (isnull && redrive_int64(0, "chunk_id") != 0)
+	{
+		/*
+		 * The handler was committed after our statement began: _claim, which
+		 * is volatile, sees it, the join around it does not.  Claim anew.
+		 */
+		redrive_rollback();
+		*callbacks = look_for_callbacks;
+		return redrive_claim(owner, 0, parent, more, callbacks);
 	}
 	if (redrive_int64(0, "chunk_id") == 0)
 	{

@@ -122,7 +122,7 @@ void
 redrive_arm_stop(void)
 {
 	if (in_worker)
-		enable_timeout_every(stop_tick, GetCurrentTimestamp(), 1000);
+		enable_timeout_every(stop_tick, GetCurrentTimestamp() + INT64CONST(1000000), 1000);
 }
 
 /* Stop watching: an idle worker shall not be woken by it. */

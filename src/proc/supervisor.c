@@ -246,9 +246,9 @@ count_available(Oid owner)
 
 /*
  * A role has work and there is no place for an executor: ask one of another
- * role to leave, an idle one if there is, else one that works.  A role that
- * has no executor at all may push another role's out; one that has some may
- * not.  Returns whether the role has none.
+ * role to leave, an idle one if there is.  Only a role that has no executor at
+ * all may push a working one of another role out.  Returns whether the role has
+ * none.
  */
 static bool
 ask_for_place(Oid owner)
@@ -271,7 +271,7 @@ ask_for_place(Oid owner)
 		else if (slot->latch != NULL && (victim == NULL || slot->state == SLOT_IDLE))
 			victim = slot;
 	}
-	if (victim != NULL && !has_one && !leaving)
+	if (victim != NULL && (!has_one || victim->state == SLOT_IDLE) && !leaving)
 	{
 		victim->leave = true;
 		SetLatch(victim->latch);

@@ -64,7 +64,20 @@ sub in_turn
 }
 in_turn('batches one after the other, each picked up at once by an idle executor', 300);
 
-# as above, but each needs a new executor, which the supervisor has to start
+# --- an idle executor sleeps: it does not begin another look until it is woken
+#
+# Seen red: with a time-out in redrive_arm_stop that is due at once.
+my $last_look = "SELECT string_agg(state_change::text, ' ' ORDER BY pid) FROM pg_stat_activity WHERE backend_type = 'redrive executor'";
+my $asleep = 0;
+foreach (1 .. 50)
+{
+	my $before = $node->safe_psql('postgres', $last_look);
+	$asleep = $before ne '' && $node->safe_psql('postgres', $last_look) eq $before;
+	last if $asleep;
+}
+ok($asleep, 'an idle executor sleeps');
+
+# --- batches again, but each needs a new executor, which the supervisor has to start
 $node->append_conf('postgresql.conf', 'redrive.worker_idle_timeout = 0');
 $node->reload;
 in_turn('batches one after the other, each picked up at once by a new executor', 150);
@@ -87,7 +100,8 @@ while ($rounds < 8 && time() < $end)
 }
 is($rounds, 8, 'batches one after the other, each on two executors at once');
 
-$node->append_conf('postgresql.conf', "redrive.worker_idle_timeout = '60 s'");
+# from here on nobody leaves for having nothing to do
+$node->append_conf('postgresql.conf', "redrive.worker_idle_timeout = '1 h'");
 $node->reload;
 
 is( $node->safe_psql('postgres', "SELECT DISTINCT login, role FROM effects ORDER BY 1"),
