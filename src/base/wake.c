@@ -127,7 +127,8 @@ redrive_wake_now(Oid owner, bool all, int64 batch_id)
 	{
 		RedriveSlot *slot = &redrive_shared->slots[i];
 
-		if (slot->state == SLOT_IDLE && slot->database == MyDatabaseId &&
+		/* not a session: it may be about to end, and nobody would notice */
+		if (slot->state == SLOT_IDLE && !slot->foreground && slot->database == MyDatabaseId &&
 			(slot->owner == owner || !OidIsValid(owner)))
 		{
 			slot->state = SLOT_CLAIMING;	/* the next one wakes another */
