@@ -61,8 +61,6 @@ typedef struct RedriveDatabase
 	Oid			database;		/* InvalidOid = free entry */
 	bool		present;		/* last seen with the extension */
 	bool		probe;			/* the launcher shall (re)start a supervisor */
-	bool		starved;		/* a role has work but no executor could be
-								 * had */
 	pid_t		pid;			/* of the supervisor, 0 = none */
 	Latch	   *latch;
 	TimestampTz retry_at;		/* not before this time, after an error */

@@ -61,8 +61,8 @@ redrive_owner(void)
  * Run a bookkeeping statement and return the number of rows.
  *
  * The caller is connected to SPI; rows are in SPI_tuptable.  CurrentMemoryContext
- * stays what it is.  nulls is as for
- * SPI_execute_plan.  Throws whatever the statement throws.
+ * stays what it is.  nulls is as for SPI_execute_plan.  Throws whatever the
+ * statement throws.
  */
 uint64
 redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
@@ -114,7 +114,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 
 /* The same for a statement on the partitions of one part. */
 uint64
-redrive_part_sql(RedrivePartSql * sql, int part, Datum *values, const char *nulls)
+redrive_part_sql(RedrivePartSql *sql, int part, Datum *values, const char *nulls)
 {
 	RedriveSql *own;
 

@@ -44,11 +44,11 @@ typedef struct RedrivePartSql
 	int			nargs;
 	Oid			argtypes[REDRIVE_MAX_ARGS];
 	RedriveSql	parts[REDRIVE_MAX_PARTS];
-}			RedrivePartSql;
+} RedrivePartSql;
 
 extern Oid	redrive_owner(void);
 extern uint64 redrive_sql(RedriveSql *sql, Datum *values, const char *nulls);
-extern uint64 redrive_part_sql(RedrivePartSql * sql, int part, Datum *values, const char *nulls);
+extern uint64 redrive_part_sql(RedrivePartSql *sql, int part, Datum *values, const char *nulls);
 extern void redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls);
 extern Datum redrive_column(int row, const char *name, bool *isnull);
 extern int64 redrive_int64(int row, const char *name);

@@ -97,7 +97,6 @@ typedef struct RedriveChunk
 	bool		keyed;			/* the batch has keys */
 	int64		done_to;		/* watermark, as committed */
 	int64		to_no;
-	int64		items;			/* still to do when claimed */
 	int64		lease_token;
 	double		failure_rate;	/* decaying average over some fifty items */
 	TimestampTz claimed_at;
@@ -107,7 +106,6 @@ typedef struct RedriveChunk
 	bool		commit_failed;	/* an interval of one item could not be
 								 * committed */
 	List	   *rules;			/* classification rules that matched */
-	Oid			function;		/* of the handler, looked up at the start */
 	bool		commit_each;	/* a commit failed: one item per transaction
 								 * up to alone_to */
 	int			alone_to;		/* page index up to which segments have one

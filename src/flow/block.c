@@ -22,8 +22,8 @@
 static RedrivePartSql insert_block =
 {
 	"INSERT INTO redrive.item_blocks_@ (part, batch_id, first_no, items, bytes, keys, payloads)"
-		" VALUES ($1, $2, $3, $4, $5, $6, $7)",
-		7,
+	" VALUES ($1, $2, $3, $4, $5, $6, $7)",
+	7,
 	{
 		INT2OID, INT8OID, INT8OID, INT4OID, INT4OID, TEXTARRAYOID, JSONBARRAYOID
 	}
@@ -33,12 +33,12 @@ static RedrivePartSql insert_block =
 static RedrivePartSql insert_locks =
 {
 	"INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)"
-		" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
-		" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-		" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
-		" ORDER BY u.key"
-		" ON CONFLICT DO NOTHING",
-		4,
+	" SELECT $1, u.key, b.batch_id, b.first_no + u.position - 1"
+	" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4 AND u.key IS NOT NULL"
+	" ORDER BY u.key"
+	" ON CONFLICT DO NOTHING",
+	4,
 	{
 		INT4OID, INT2OID, INT8OID, INT8OID
 	}
@@ -47,12 +47,12 @@ static RedrivePartSql insert_locks =
 static RedrivePartSql find_lock_holder =
 {
 	"SELECT u.key, l.batch_id"
-		" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
-		" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
-		" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
-		" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
-		" LIMIT 1",
-		4,
+	" FROM redrive.item_blocks_@ AS b CROSS JOIN LATERAL unnest(b.keys) WITH ORDINALITY AS u (key, position)"
+	" JOIN redrive.locks AS l ON l.handler_id = $1 AND l.key = u.key"
+	" WHERE b.part = $2 AND b.batch_id = $3 AND b.first_no >= $4"
+	" AND (l.batch_id, l.item_no) IS DISTINCT FROM (b.batch_id, b.first_no + u.position - 1)"
+	" LIMIT 1",
+	4,
 	{
 		INT4OID, INT2OID, INT8OID, INT8OID
 	}

@@ -78,12 +78,12 @@ static RedriveSql claim_hinted = {
 static RedrivePartSql fetch_items =
 {
 	"SELECT x.first_no, x.items, x.keys, x.payloads FROM redrive.item_blocks_@ AS x"
-		" WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= $4"
-		" AND x.first_no >= (SELECT y.first_no FROM redrive.item_blocks_@ AS y"
-		"  WHERE y.part = $1 AND y.batch_id = $2 AND y.first_no <= $3 ORDER BY y.first_no DESC LIMIT 1)"
-		" AND (x.first_no <= $3 OR x.bytes <= $6)"
-		" ORDER BY x.first_no LIMIT $5",
-		6,
+	" WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= $4"
+	" AND x.first_no >= (SELECT y.first_no FROM redrive.item_blocks_@ AS y"
+	"  WHERE y.part = $1 AND y.batch_id = $2 AND y.first_no <= $3 ORDER BY y.first_no DESC LIMIT 1)"
+	" AND (x.first_no <= $3 OR x.bytes <= $6)"
+	" ORDER BY x.first_no LIMIT $5",
+	6,
 	{
 		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
 	}
@@ -93,16 +93,16 @@ static RedrivePartSql fetch_items =
 static RedrivePartSql fetch_retries =
 {
 	"SELECT r.item_no, r.free_count, r.attempts, r.keys[r.place] AS key, r.payloads[r.place] AS payload"
-		" FROM (SELECT f.item_no, f.free_count, f.attempts, (f.item_no - b.first_no + 1)::int AS place, b.keys, b.payloads,"
-		"  b.bytes / b.items AS size, sum(b.bytes / b.items) OVER (ORDER BY f.item_no) AS upto"
-		"  FROM (SELECT * FROM redrive.failures_@ AS x"
-		"   WHERE x.part = $1 AND x.batch_id = $2 AND x.chunk_id = $3 AND x.state = 'running' AND x.item_no > $4"
-		"   ORDER BY x.item_no LIMIT $5) AS f"
-		"  CROSS JOIN LATERAL (SELECT * FROM redrive.item_blocks_@ AS x"
-		"   WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= f.item_no ORDER BY x.first_no DESC LIMIT 1) AS b) AS r"
-		" WHERE r.upto - r.size < $6"
-		" ORDER BY r.item_no",
-		6,
+	" FROM (SELECT f.item_no, f.free_count, f.attempts, (f.item_no - b.first_no + 1)::int AS place, b.keys, b.payloads,"
+	"  b.bytes / b.items AS size, sum(b.bytes / b.items) OVER (ORDER BY f.item_no) AS upto"
+	"  FROM (SELECT * FROM redrive.failures_@ AS x"
+	"   WHERE x.part = $1 AND x.batch_id = $2 AND x.chunk_id = $3 AND x.state = 'running' AND x.item_no > $4"
+	"   ORDER BY x.item_no LIMIT $5) AS f"
+	"  CROSS JOIN LATERAL (SELECT * FROM redrive.item_blocks_@ AS x"
+	"   WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= f.item_no ORDER BY x.first_no DESC LIMIT 1) AS b) AS r"
+	" WHERE r.upto - r.size < $6"
+	" ORDER BY r.item_no",
+	6,
 	{
 		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
 	}
@@ -111,6 +111,11 @@ static RedrivePartSql fetch_retries =
 static RedriveSql give_back = {
 	"SELECT redrive._give_back($1, $2, $3)",
 	3, {INT8OID, INT8OID, BOOLOID}
+};
+
+static RedriveSql rescue = {
+	"SELECT redrive._orphan_lost(), redrive._fold_ended()",
+	0, {0}
 };
 
 static RedriveSql fold = {
@@ -211,7 +216,6 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	chunk->keyed = redrive_bool(0, "keyed");
 	chunk->done_to = redrive_int64(0, "done_to");
 	chunk->to_no = redrive_int64(0, "to_no");
-	chunk->items = redrive_int64(0, "items");
 	chunk->lease_token = redrive_int64(0, "lease_token");
 	chunk->claimed_at = GetCurrentTimestamp();
 	*more = redrive_bool(0, "more");
@@ -382,4 +386,15 @@ redrive_fold(RedriveChunk *chunk)
 						  strcmp(state, "cancelled") == 0))
 		redrive_batch_ended_at_commit();
 	redrive_commit_lazily();
+}
+
+/*
+ * Take back the chunks of workers that are gone, fold those that nobody folded,
+ * and commit.
+ */
+void
+redrive_rescue(void)
+{
+	(void) redrive_sql(&rescue, NULL, NULL);
+	redrive_commit();
 }

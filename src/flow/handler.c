@@ -88,13 +88,13 @@ redrive_find_row_function(const char *name, HandlerSignature signature, bool mis
 
 /* Find an on_unlock(text) or on_finish(bigint, int) function. */
 Oid
-redrive_find_callback(const char *name, bool on_finish)
+redrive_find_callback(const char *name, bool on_finish, bool missing_ok)
 {
 	Oid			unlock_types[] = {TEXTOID};
 	Oid			finish_types[] = {INT8OID, INT4OID};
 
 	return LookupFuncName(redrive_name_list(name), on_finish ? 2 : 1,
-						  on_finish ? finish_types : unlock_types, false);
+						  on_finish ? finish_types : unlock_types, missing_ok);
 }
 
 /*
@@ -169,6 +169,21 @@ find_row_function(const char *given, HandlerSignature *signature)
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
 				 errmsg("function \"%s\" does not exist or does not fit a row handler", given),
 				 errdetail("A row handler is a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item)."),
+				 errhint("Create the function first, or write its schema if it is not in search_path.")));
+	return found;
+}
+
+/* Find the callback that a user means, in the caller's search_path. */
+static Oid
+find_callback(const char *given, bool on_finish)
+{
+	Oid			found = redrive_find_callback(given, on_finish, true);
+
+	if (!OidIsValid(found))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_FUNCTION),
+				 errmsg("function \"%s\" does not exist or does not fit %s", given, on_finish ? "on_finish" : "on_unlock"),
+				 errdetail("It is called with %s.", on_finish ? "(batch_id bigint, run_no int)" : "(key text)"),
 				 errhint("Create the function first, or write its schema if it is not in search_path.")));
 	return found;
 }
@@ -327,10 +342,10 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 	}
 	if (!PG_ARGISNULL(unlock_arg))
 		values[first + unlock_arg] =
-			qualified_name(redrive_find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
+			qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
 	if (!PG_ARGISNULL(finish_arg))
 		values[first + finish_arg] =
-			qualified_name(redrive_find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
+			qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
 
 	return redrive_dispatch(fcinfo, first + nargs, argtypes, values, nulls);
 }

@@ -12,7 +12,7 @@
 
 extern Oid	redrive_item_type(void);
 extern Oid	redrive_find_row_function(const char *name, HandlerSignature signature, bool missing_ok);
-extern Oid	redrive_find_callback(const char *name, bool on_finish);
+extern Oid	redrive_find_callback(const char *name, bool on_finish, bool missing_ok);
 extern Datum redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *values, char *nulls);
 
 #endif							/* REDRIVE_HANDLER_H */

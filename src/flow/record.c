@@ -47,13 +47,13 @@ static const Oid failure_types[F_COLUMNS] = {
 static RedrivePartSql insert_failures =
 {
 	"INSERT INTO redrive.failures_@ (part, batch_id, item_no, handler_id, run_no, state, reason, rule_id, error_class,"
-		" sqlstate, fingerprint, retry_count, free_count, attempts, first_failed_at, last_failed_at, next_attempt_at,"
-		" key, message, detail, hint, context, constraint_name)"
-		" SELECT $1, $2, v.item_no, $3, $4, v.state::redrive.failure_state, v.reason::redrive.fail_reason, v.rule_id, v.error_class,"
-		" v.sqlstate, v.fingerprint, v.retry_count, v.free_count, v.attempts, v.failed_at, v.failed_at, v.next_attempt_at,"
-		" v.key, v.message, v.detail, v.hint, v.context, v.constraint_name"
-		" FROM" FAILURE_UNNEST,
-		4 + F_COLUMNS,
+	" sqlstate, fingerprint, retry_count, free_count, attempts, first_failed_at, last_failed_at, next_attempt_at,"
+	" key, message, detail, hint, context, constraint_name)"
+	" SELECT $1, $2, v.item_no, $3, $4, v.state::redrive.failure_state, v.reason::redrive.fail_reason, v.rule_id, v.error_class,"
+	" v.sqlstate, v.fingerprint, v.retry_count, v.free_count, v.attempts, v.failed_at, v.failed_at, v.next_attempt_at,"
+	" v.key, v.message, v.detail, v.hint, v.context, v.constraint_name"
+	" FROM" FAILURE_UNNEST,
+	4 + F_COLUMNS,
 	{
 		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
 	}
@@ -63,11 +63,11 @@ static RedrivePartSql insert_failures =
 static RedrivePartSql log_superseded =
 {
 	"INSERT INTO redrive.failure_log_@ (part, batch_id, item_no, attempt, run_no, failed_at, error_class, sqlstate,"
-		" fingerprint, message, detail, hint, context, constraint_name)"
-		" SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,"
-		" f.fingerprint, f.message, f.detail, f.hint, f.context, f.constraint_name"
-		" FROM redrive.failures_@ AS f WHERE f.part = $1 AND f.batch_id = $2 AND f.item_no = ANY ($3)",
-		3,
+	" fingerprint, message, detail, hint, context, constraint_name)"
+	" SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,"
+	" f.fingerprint, f.message, f.detail, f.hint, f.context, f.constraint_name"
+	" FROM redrive.failures_@ AS f WHERE f.part = $1 AND f.batch_id = $2 AND f.item_no = ANY ($3)",
+	3,
 	{
 		INT2OID, INT8OID, INT8ARRAYOID
 	}
@@ -77,14 +77,14 @@ static RedrivePartSql log_superseded =
 static RedrivePartSql update_failures =
 {
 	"UPDATE redrive.failures_@ AS f SET state = v.state::redrive.failure_state, reason = v.reason::redrive.fail_reason,"
-		" rule_id = v.rule_id, error_class = v.error_class, sqlstate = v.sqlstate, fingerprint = v.fingerprint,"
-		" retry_count = v.retry_count, free_count = v.free_count, attempts = v.attempts, last_failed_at = v.failed_at,"
-		" next_attempt_at = v.next_attempt_at, message = v.message, detail = v.detail, hint = v.hint, context = v.context,"
-		" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
-		" FROM" FAILURE_UNNEST
-		" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = ANY ($5)"
-		" AND f.item_no = v.item_no AND f.chunk_id IS NOT NULL",
-		4 + F_COLUMNS,
+	" rule_id = v.rule_id, error_class = v.error_class, sqlstate = v.sqlstate, fingerprint = v.fingerprint,"
+	" retry_count = v.retry_count, free_count = v.free_count, attempts = v.attempts, last_failed_at = v.failed_at,"
+	" next_attempt_at = v.next_attempt_at, message = v.message, detail = v.detail, hint = v.hint, context = v.context,"
+	" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
+	" FROM" FAILURE_UNNEST
+	" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = ANY ($5)"
+	" AND f.item_no = v.item_no AND f.chunk_id IS NOT NULL",
+	4 + F_COLUMNS,
 	{
 		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
 	}
@@ -93,8 +93,8 @@ static RedrivePartSql update_failures =
 static RedrivePartSql recover_failures =
 {
 	"UPDATE redrive.failures_@ SET state = 'recovered', attempts = attempts + 1, chunk_id = NULL"
-		" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND chunk_id IS NOT NULL",
-		3,
+	" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND chunk_id IS NOT NULL",
+	3,
 	{
 		INT2OID, INT8OID, INT8ARRAYOID
 	}

@@ -16,10 +16,8 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
-#include "commands/trigger.h"
 #include "funcapi.h"
 #include "miscadmin.h"
-#include "nodes/makefuncs.h"
 #include "pgstat.h"
 #include "storage/latch.h"
 #include "utils/builtins.h"
@@ -47,10 +45,6 @@ struct RedriveCall
 	FunctionCallInfo fcinfo;
 	TupleDesc	item_desc;		/* of redrive.item, for that signature */
 	MemoryContext item_cxt;		/* reset for each item */
-	List	   *deferred;		/* of RangeVar: constraints that are initially
-								 * deferred */
-	bool		cannot_restore; /* names are ambiguous: commit after each
-								 * segment */
 };
 
 static TimeoutId item_timeout;
@@ -375,7 +369,7 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 		UserCode	save;
 		MemoryContext call_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive callback",
 													   ALLOCSET_DEFAULT_SIZES);
-		Oid			funcid = redrive_find_callback(function, on_finish);
+		Oid			funcid = redrive_find_callback(function, on_finish, false);
 
 		LOCAL_FCINFO(fcinfo, 2);
 

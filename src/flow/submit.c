@@ -199,7 +199,8 @@ deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
 	if (ARR_NDIM(payload_array) > 1 || (key_array != NULL && ARR_NDIM(key_array) > 1))
 		ereport(ERROR,
 				(errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
-				 errmsg("payloads and keys must be one-dimensional arrays")));
+				 errmsg("payloads and keys must be one-dimensional arrays"),
+				 errhint("Give one element per item.")));
 	deconstruct_array(payload_array, JSONBOID, -1, false, TYPALIGN_INT, payloads, &nulls, &n);
 	if (n == 0)
 		ereport(ERROR,
@@ -374,7 +375,8 @@ redrive_add_items(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("batch_id must not be null")));
+				 errmsg("batch_id must not be null"),
+				 errhint("Give the number that redrive.open_batch() returned.")));
 	n = deconstruct_items(PG_ARGISNULL(1) ? NULL : PG_GETARG_ARRAYTYPE_P(1),
 						  PG_ARGISNULL(2) ? NULL : PG_GETARG_ARRAYTYPE_P(2),
 						  &payloads, &keys, &key_nulls);

@@ -33,6 +33,7 @@
 #include "base/shmem.h"
 #include "base/spi_call.h"
 #include "base/xact.h"
+#include "flow/claim.h"
 #include "proc/supervisor.h"
 
 #define TICK_MS 30000
@@ -61,8 +62,6 @@ typedef struct Penalty
 	TimestampTz until;
 } Penalty;
 
-static RedriveSql rescue = {"SELECT redrive._orphan_lost(), redrive._fold_ended()", 0, {0}};
-
 static RedriveSql list_owners = {
 	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
 	" FROM redrive._candidates($1) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
@@ -79,7 +78,7 @@ static List *executors = NIL;	/* of Started */
 static List *penalties = NIL;	/* of Penalty */
 
 static void
-leave_shmem(int code, Datum present)
+leave_shmem(int code, Datum arg)
 {
 	RedriveDatabase *entry;
 
@@ -89,7 +88,6 @@ leave_shmem(int code, Datum present)
 	{
 		entry->pid = 0;
 		entry->latch = NULL;
-		entry->starved = false;
 	}
 	LWLockRelease(redrive_shared->lock);
 }
@@ -323,7 +321,6 @@ dispatch(void)
 	entry = redrive_find_database(MyDatabaseId, false);
 	if (entry != NULL)
 	{
-		entry->starved = starved;
 		entry->errors = 0;
 	}
 	LWLockRelease(redrive_shared->lock);
@@ -390,8 +387,7 @@ redrive_supervisor_main(Datum arg)
 		}
 		if (must_rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
 		{
-			(void) redrive_sql(&rescue, NULL, NULL);
-			redrive_commit();
+			redrive_rescue();
 			must_rescue = false;
 			rescued_at = GetCurrentTimestamp();
 		}

@@ -24,6 +24,7 @@
 #include "base/shmem.h"
 #include "base/spi_call.h"
 #include "base/xact.h"
+#include "flow/claim.h"
 #include "flow/execute.h"
 #include "flow/segment.h"
 
@@ -39,8 +40,6 @@ static RedriveSql batch_state = {
 	" FROM redrive.batches AS b JOIN redrive.handlers AS h ON h.handler_id = b.handler_id WHERE b.batch_id = $1",
 	1, {INT8OID}
 };
-
-static RedriveSql rescue = {"SELECT redrive._orphan_lost(), redrive._fold_ended()", 0, {0}};
 
 /* Return the time an interval after now, 0 for no interval. */
 static TimestampTz
@@ -67,7 +66,6 @@ redrive_work(PG_FUNCTION_ARGS)
 	RedriveSlot *slot = NULL;
 	MemoryContext cxt;
 	uint32		wait_event = redrive_wait_event("RedriveWork");
-
 	int			save_isolation = DefaultXactIsoLevel;
 	bool		save_read_only = DefaultXactReadOnly;
 
@@ -90,8 +88,7 @@ redrive_work(PG_FUNCTION_ARGS)
 		if (redrive_shared == NULL)
 		{
 			/* there is no supervisor to do it */
-			(void) redrive_sql(&rescue, NULL, NULL);
-			redrive_commit();
+			redrive_rescue();
 		}
 		for (;;)
 		{
@@ -141,7 +138,8 @@ redrive_wait(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("batch_id must not be null")));
+				 errmsg("batch_id must not be null"),
+				 errhint("Give the number that redrive.submit() returned.")));
 	batch_id = PG_GETARG_INT64(0);
 	(void) get_call_result_type(fcinfo, NULL, &tupdesc);
 	tupdesc = BlessTupleDesc(tupdesc);
@@ -166,7 +164,8 @@ redrive_wait(PG_FUNCTION_ARGS)
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					 errmsg("permission denied for batch %lld", (long long) batch_id),
-					 errdetail("It belongs to another role.")));
+					 errdetail("It belongs to another role."),
+					 errhint("Ask a member of the owning role, or a superuser.")));
 		state = redrive_column(0, "state", &isnull);
 		name = redrive_text(0, "name", CurrentMemoryContext);
 		if (strcmp(name, "finished") == 0 || strcmp(name, "cancelled") == 0 || strcmp(name, "paused") == 0)
