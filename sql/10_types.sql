@@ -13,13 +13,13 @@ CREATE TYPE redrive.batch_state AS ENUM ('open', 'ready', 'running', 'paused', '
 COMMENT ON TYPE redrive.batch_state IS 'open -> ready -> running -> retrying -> finished; paused from ready, running or retrying and back; cancelled from any live state; finished -> running by redrive';
 
 CREATE TYPE redrive.chunk_kind AS ENUM ('first', 'retry');
-COMMENT ON TYPE redrive.chunk_kind IS 'first = a contiguous range of items that were never attempted, retry = failures that were due';
+COMMENT ON TYPE redrive.chunk_kind IS 'first = a contiguous range of items that were never attempted, retry = a list of items that failed before';
 
 CREATE TYPE redrive.chunk_state AS ENUM ('running', 'done', 'orphaned');
 COMMENT ON TYPE redrive.chunk_state IS 'running -> done or orphaned; orphaned -> running with a new lease token, or done when its batch is cancelled';
 
-CREATE TYPE redrive.failure_state AS ENUM ('waiting', 'running', 'recovered', 'failed', 'ignored', 'cancelled');
-COMMENT ON TYPE redrive.failure_state IS 'State of an item that did not succeed at its first attempt';
+CREATE TYPE redrive.failure_state AS ENUM ('waiting', 'failed', 'ignored', 'cancelled');
+COMMENT ON TYPE redrive.failure_state IS 'State of an item whose last attempt failed';
 
 CREATE TYPE redrive.fail_reason AS ENUM ('exhausted', 'non_retryable', 'quarantined', 'expired');
 COMMENT ON TYPE redrive.fail_reason IS 'Why a failed item is not retried: budget used up, error class says so, crashed the server, waited longer than retry_window';

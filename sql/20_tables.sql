@@ -155,6 +155,16 @@ CREATE INDEX chunks_orphaned_idx ON redrive.chunks (handler_id) WHERE state = 'o
 CREATE INDEX chunks_batch_id_idx ON redrive.chunks (batch_id);
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE state = 'done';
 
+-- The items of a retry chunk, in their order, as long as it is not done.
+CREATE TABLE redrive.retry_lists (
+    chunk_id bigint NOT NULL,
+    item_nos bigint[] NOT NULL,
+    attempts int[] NOT NULL,
+    free_counts int[] NOT NULL,
+    first_failed_at timestamptz[] NOT NULL,
+    CONSTRAINT retry_lists_pkey PRIMARY KEY (chunk_id)
+);
+
 CREATE TABLE redrive.failures (
     part smallint NOT NULL,
     batch_id bigint NOT NULL,
@@ -170,7 +180,6 @@ CREATE TABLE redrive.failures (
     retry_count int NOT NULL,
     free_count int NOT NULL,
     attempts int NOT NULL,
-    chunk_id bigint,
     first_failed_at timestamptz NOT NULL,
     last_failed_at timestamptz NOT NULL,
     next_attempt_at timestamptz,
@@ -182,13 +191,11 @@ CREATE TABLE redrive.failures (
     constraint_name text,
     CONSTRAINT failures_pkey PRIMARY KEY (part, batch_id, item_no),
     CONSTRAINT failures_reason_check CHECK ((state = 'failed') = (reason IS NOT NULL)),
-    CONSTRAINT failures_running_check CHECK ((state = 'running') = (chunk_id IS NOT NULL)),
     CONSTRAINT failures_next_check CHECK (state = 'waiting' OR next_attempt_at IS NULL)
 ) PARTITION BY LIST (part);
 CREATE INDEX failures_waiting_idx ON redrive.failures (batch_id, next_attempt_at) WHERE state = 'waiting';
-CREATE INDEX failures_running_idx ON redrive.failures (chunk_id) WHERE state = 'running';
 
--- Attempts that a later attempt of the same item has replaced in failures.
+-- Failed attempts of items that were taken up again since.
 CREATE TABLE redrive.failure_log (
     part smallint NOT NULL,
     batch_id bigint NOT NULL,

@@ -8,10 +8,11 @@ LANGUAGE sql STABLE AS $$
     SELECT h.handler_id, h.owner::oid, w.work, w.priority, w.due
     FROM redrive.handlers AS h
     CROSS JOIN LATERAL (
-        (SELECT 'orphan', 2147483647, c.claimed_at
+        (SELECT 'orphan', b.priority, b.serve_after
          FROM redrive.chunks AS c
          JOIN redrive.batches AS b ON b.batch_id = c.batch_id
          WHERE c.handler_id = h.handler_id AND c.state = 'orphaned' AND b.state IN ('running', 'retrying')
+         ORDER BY b.priority DESC, b.serve_after
          LIMIT 1)
         UNION ALL
         (SELECT 'first', b.priority, b.serve_after
@@ -76,9 +77,6 @@ DECLARE
     b redrive.batches;
     c redrive.chunks;
     n bigint;
-    v_chunk_id bigint;
-    v_from bigint;
-    v_to bigint;
     v_due bigint[];
 BEGIN
     FOR cand IN
@@ -101,11 +99,11 @@ BEGIN
             FROM redrive.chunks AS r
             JOIN redrive.batches AS s ON s.batch_id = r.batch_id
             WHERE r.handler_id = cand.handler_id AND r.state = 'orphaned' AND s.state IN ('running', 'retrying')
-            ORDER BY r.chunk_id
+            ORDER BY s.priority DESC, s.serve_after, r.chunk_id
             LIMIT 1
-            FOR UPDATE OF r SKIP LOCKED;
+            FOR UPDATE OF s, r SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;
-            SELECT * INTO b FROM redrive.batches AS s WHERE s.batch_id = c.batch_id;
+            UPDATE redrive.batches AS s SET serve_after = v_now WHERE s.batch_id = c.batch_id RETURNING * INTO b;
             n := redrive._chunk_size(b, p_workers, c.to_no - c.done_to);
             IF c.kind = 'first' AND c.to_no - c.done_to > 2 * n THEN
                 -- too much for one worker: keep a part, leave the rest
@@ -142,35 +140,26 @@ BEGIN
             LIMIT 1
             FOR UPDATE SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;
-            v_chunk_id := nextval(pg_get_serial_sequence('redrive.chunks', 'chunk_id'));
-            -- an array, not a join: without statistics a join is planned for one row
-            SELECT array_agg(d.item_no), count(*), min(d.item_no), max(d.item_no) INTO v_due, n, v_from, v_to
+            SELECT array_agg(d.item_no ORDER BY d.item_no) INTO v_due
             FROM (
                 SELECT f.item_no
                 FROM redrive.failures AS f
                 WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting' AND f.next_attempt_at <= v_now
                 ORDER BY f.next_attempt_at
-                LIMIT least(20000, greatest(1, redrive._chunk_size(b, p_workers, 1000000000)))
-                FOR UPDATE
+                LIMIT redrive._retry_size(b, p_workers, 1000000000)
             ) AS d;
-            UPDATE redrive.failures AS f
-            SET state = 'running', chunk_id = v_chunk_id, next_attempt_at = NULL
-            WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = ANY (v_due);
+            IF v_due IS NOT NULL THEN
+                c := redrive._take_up(b, v_due, NULL, p_pid, p_started_at);
+            END IF;
             UPDATE redrive.batches AS s
             SET next_retry_at = (SELECT min(f.next_attempt_at) FROM redrive.failures AS f
                                  WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting'),
                 last_progress_at = v_now
             WHERE s.batch_id = b.batch_id;
-            CONTINUE WHEN n = 0;
-            INSERT INTO redrive.chunks (chunk_id, batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, waiting,
-                lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
-            OVERRIDING SYSTEM VALUE
-            VALUES (v_chunk_id, b.batch_id, b.handler_id, b.part, b.run_no, 'retry', 'running', v_from, v_to, v_from - 1, n, -n,
-                nextval('redrive.lease_tokens'), p_pid, p_started_at, v_now, v_now)
-            RETURNING * INTO c;
+            CONTINUE WHEN v_due IS NULL;
         END IF;
         RETURN QUERY SELECT c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
-            c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, n >= 1000;
+            c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, c.items >= 1000;
         RETURN;
     END LOOP;
 END
@@ -207,4 +196,60 @@ LANGUAGE sql IMMUTABLE AS $$
         p_left,
         greatest(ceil(least(2 * coalesce(b.items_per_second, 50), 100000)), 1)::bigint,
         greatest(ceil(p_left / (2.0 * greatest(p_workers, 1))), ceil(least(0.1 * coalesce(b.items_per_second, 50), 10000)))::bigint))
+$$;
+
+-- How many items a retry chunk gets: its list is held in memory.
+CREATE FUNCTION redrive._retry_size(b redrive.batches, p_workers int, p_left bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT least(20000, redrive._chunk_size(b, p_workers, p_left))
+$$;
+
+-- Take failures up again: their rows go to the log, the items to the list of a
+-- new chunk.  What succeeds then leaves nothing to write, what fails again is a
+-- new failure.  The caller has locked the batch.  Without a worker the chunk is
+-- orphaned, for the next one to claim.  p_afresh: a redrive began then, and the
+-- items have their retries and their time again.  The numbers are in order.
+CREATE FUNCTION redrive._take_up(b redrive.batches, p_item_nos bigint[], p_afresh timestamptz, p_pid int, p_started_at timestamptz) RETURNS redrive.chunks
+LANGUAGE plpgsql
+SET plan_cache_mode = force_custom_plan -- else a plan made for a small table compares each row with each number
+AS $$
+DECLARE
+    c redrive.chunks;
+    v_chunk_id bigint := nextval(pg_get_serial_sequence('redrive.chunks', 'chunk_id'));
+    v_now timestamptz := clock_timestamp();
+BEGIN
+    WITH taken AS (
+        DELETE FROM redrive.failures AS f
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = ANY (p_item_nos)
+          AND f.item_no BETWEEN p_item_nos[1] AND p_item_nos[cardinality(p_item_nos)]
+        RETURNING f.*
+    ), logged AS (
+        INSERT INTO redrive.failure_log (part, batch_id, item_no, attempt, run_no, failed_at, error_class, sqlstate,
+            fingerprint, message, detail, hint, context, constraint_name)
+        SELECT t.part, t.batch_id, t.item_no, t.attempts, t.run_no, t.last_failed_at, t.error_class, t.sqlstate,
+            t.fingerprint, t.message, t.detail, t.hint, t.context, t.constraint_name
+        FROM taken AS t
+    ), list AS (
+        INSERT INTO redrive.retry_lists (chunk_id, item_nos, attempts, free_counts, first_failed_at)
+        SELECT v_chunk_id, array_agg(t.item_no), array_agg(t.attempts), array_agg(t.free_count), array_agg(t.first_failed_at)
+        FROM (
+            SELECT x.item_no, x.attempts,
+                CASE WHEN p_afresh IS NULL THEN x.free_count ELSE x.attempts END AS free_count,
+                coalesce(p_afresh, x.first_failed_at) AS first_failed_at
+            FROM taken AS x
+            ORDER BY x.item_no
+        ) AS t
+        RETURNING item_nos
+    )
+    INSERT INTO redrive.chunks AS k (chunk_id, batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, waiting,
+        lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT v_chunk_id, b.batch_id, b.handler_id, b.part, b.run_no, 'retry',
+        CASE WHEN p_pid IS NULL THEN 'orphaned'::redrive.chunk_state ELSE 'running' END,
+        l.item_nos[1], l.item_nos[n.items], l.item_nos[1] - 1, n.items, CASE WHEN p_afresh IS NULL THEN -n.items ELSE 0 END,
+        CASE WHEN p_pid IS NOT NULL THEN nextval('redrive.lease_tokens') END, p_pid, p_started_at, v_now, v_now
+    FROM list AS l CROSS JOIN LATERAL (SELECT cardinality(l.item_nos) AS items) AS n
+    RETURNING k.* INTO STRICT c;
+    RETURN c;
+END
 $$;

@@ -23,7 +23,9 @@ BEGIN
         UPDATE redrive.chunks
         SET folded = true
         WHERE batch_id = p_batch_id AND NOT folded AND state = 'done'
-        RETURNING succeeded, ignored, failed, cancelled, waiting, done - claim_done AS done, finished_at, claimed_at
+        RETURNING chunk_id, succeeded, ignored, failed, cancelled, waiting, done - claim_done AS done, finished_at, claimed_at
+    ), lists AS (
+        DELETE FROM redrive.retry_lists WHERE chunk_id IN (SELECT ended.chunk_id FROM ended)
     )
     SELECT count(*) AS chunks, coalesce(sum(succeeded), 0) AS succeeded, coalesce(sum(ignored), 0) AS ignored,
         coalesce(sum(failed), 0) AS failed, coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(waiting), 0) AS waiting,
@@ -114,15 +116,7 @@ BEGIN
     SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = c.handler_id;
     v_left := c.items - c.done;
     IF b.state = 'cancelled' THEN
-        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no, CASE WHEN c.kind = 'retry' THEN c.chunk_id END);
-        IF c.kind = 'retry' THEN
-            UPDATE redrive.failures SET state = 'cancelled', chunk_id = NULL
-            WHERE part = c.part AND batch_id = c.batch_id AND chunk_id = p_chunk_id AND state = 'running';
-        END IF;
-        UPDATE redrive.chunks
-        SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp(),
-            cancelled = cancelled + v_left, items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
-        WHERE chunk_id = p_chunk_id;
+        PERFORM redrive._cancel_chunk(b, c);
         PERFORM redrive._fold(c.batch_id);
     ELSIF v_left = 0 THEN
         UPDATE redrive.chunks
@@ -147,9 +141,62 @@ BEGIN
 END
 $$;
 
+-- Cancel what is left of a chunk and unlock its keys; the caller has locked both.
+CREATE FUNCTION redrive._cancel_chunk(b redrive.batches, c redrive.chunks) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF c.kind = 'first' THEN
+        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no);
+    ELSE
+        PERFORM redrive._put_back(b, c);
+    END IF;
+    UPDATE redrive.chunks
+    SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp(),
+        cancelled = cancelled + items - done, items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
+    WHERE chunk_id = c.chunk_id;
+END
+$$;
+
+-- The items of a retry chunk that were not run again become cancelled failures,
+-- with the error that is in the log.
+CREATE FUNCTION redrive._put_back(b redrive.batches, c redrive.chunks) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_keys text[];
+BEGIN
+    WITH left_over AS (
+        SELECT u.item_no, u.attempts, u.free_count, u.first_failed_at
+        FROM redrive.retry_lists AS l
+        CROSS JOIN LATERAL unnest(l.item_nos, l.attempts, l.free_counts, l.first_failed_at) AS u (item_no, attempts, free_count, first_failed_at)
+        WHERE l.chunk_id = c.chunk_id AND u.item_no > c.done_to
+    ), unlogged AS (
+        DELETE FROM redrive.failure_log AS g
+        USING left_over AS u
+        WHERE g.part = c.part AND g.batch_id = c.batch_id AND g.item_no = u.item_no AND g.attempt = u.attempts
+        RETURNING g.*, u.free_count, u.first_failed_at
+    ), cancelled AS (
+        INSERT INTO redrive.failures (part, batch_id, item_no, handler_id, run_no, state, error_class, sqlstate, fingerprint, retry_count,
+            free_count, attempts, first_failed_at, last_failed_at, key, message, detail, hint, context, constraint_name)
+        SELECT g.part, g.batch_id, g.item_no, c.handler_id, g.run_no, 'cancelled', g.error_class, g.sqlstate, g.fingerprint,
+            greatest(g.attempt - g.free_count - 1, 0), g.free_count, g.attempt, g.first_failed_at, g.failed_at,
+            k.keys[g.item_no - k.first_no + 1], g.message, g.detail, g.hint, g.context, g.constraint_name
+        FROM unlogged AS g
+        CROSS JOIN LATERAL (
+            SELECT x.first_no, x.keys
+            FROM redrive.item_blocks AS x
+            WHERE x.part = b.part AND x.batch_id = b.batch_id AND x.first_no <= g.item_no
+            ORDER BY x.first_no DESC
+            LIMIT 1) AS k
+        RETURNING key
+    )
+    SELECT array_agg(x.key) FILTER (WHERE x.key IS NOT NULL) INTO v_keys FROM cancelled AS x;
+    PERFORM redrive._unlock_keys(b, v_keys);
+END
+$$;
+
 -- Unlock the keys of a range of items that became final where no user code may
--- run.  p_chunk_id restricts it to the items of a retry chunk.
-CREATE FUNCTION redrive._unlock_range(b redrive.batches, p_from bigint, p_to bigint, p_chunk_id bigint) RETURNS bigint
+-- run.
+CREATE FUNCTION redrive._unlock_range(b redrive.batches, p_from bigint, p_to bigint) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     v_keys text[];
@@ -157,16 +204,9 @@ BEGIN
     IF NOT b.keyed OR p_from > p_to THEN
         RETURN 0;
     END IF;
-    IF p_chunk_id IS NULL THEN
-        SELECT array_agg(i.key) INTO v_keys
-        FROM redrive._items(b.part, b.batch_id, p_from, p_to) AS i
-        WHERE i.key IS NOT NULL;
-    ELSE
-        SELECT array_agg(f.key) INTO v_keys
-        FROM redrive.failures AS f
-        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.chunk_id = p_chunk_id AND f.state = 'running' AND f.key IS NOT NULL
-          AND f.item_no BETWEEN p_from AND p_to;
-    END IF;
+    SELECT array_agg(i.key) INTO v_keys
+    FROM redrive._items(b.part, b.batch_id, p_from, p_to) AS i
+    WHERE i.key IS NOT NULL;
     RETURN redrive._unlock_keys(b, v_keys);
 END
 $$;
@@ -183,9 +223,16 @@ BEGIN
     END IF;
     SELECT on_unlock INTO v_on_unlock FROM redrive.handlers WHERE handler_id = b.handler_id;
     WITH freed AS (
-        DELETE FROM redrive.locks AS l
-        WHERE l.handler_id = b.handler_id AND l.key = ANY (p_keys) AND l.batch_id = b.batch_id
-        RETURNING l.key
+        -- one probe of the index per key, whatever is known of the table when this is planned
+        DELETE FROM redrive.locks
+        WHERE ctid = ANY (ARRAY(
+            SELECT x.ctid
+            FROM unnest(p_keys) AS u (key)
+            CROSS JOIN LATERAL (
+                SELECT l.ctid FROM redrive.locks AS l
+                WHERE l.handler_id = b.handler_id AND l.key = u.key AND l.batch_id = b.batch_id
+                OFFSET 0) AS x))
+        RETURNING key
     ), later AS (
         INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, next_attempt_at)
         SELECT b.handler_id, b.batch_id, 'on_unlock', freed.key, b.run_no, clock_timestamp()

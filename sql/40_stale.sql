@@ -287,7 +287,7 @@ BEGIN
                 oldest_failure_at = (
                     SELECT min(f.first_failed_at)
                     FROM redrive.failures AS f
-                    WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state IN ('waiting', 'running'))
+                    WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting')
             WHERE batch_id = p_batch_id;
             PERFORM redrive._fold(p_batch_id);
             PERFORM redrive._wake(h.owner);

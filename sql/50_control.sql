@@ -54,25 +54,17 @@ LANGUAGE plpgsql AS $$
 DECLARE
     v_pending bigint := b.total - b.claimed_to;
     v_waiting bigint;
-    v_left bigint;
     c redrive.chunks;
 BEGIN
     UPDATE redrive.batches
     SET state = 'cancelled', pause_reason = NULL, claimed_to = total, cancelled = cancelled + v_pending, next_retry_at = NULL,
         oldest_failure_at = NULL
     WHERE batch_id = b.batch_id;
-    PERFORM redrive._unlock_range(b, b.claimed_to + 1, b.total, NULL);
+    PERFORM redrive._unlock_range(b, b.claimed_to + 1, b.total);
     FOR c IN
         SELECT * FROM redrive.chunks WHERE batch_id = b.batch_id AND state = 'orphaned' FOR UPDATE
     LOOP
-        v_left := c.items - c.done;
-        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no, CASE WHEN c.kind = 'retry' THEN c.chunk_id END);
-        UPDATE redrive.failures SET state = 'cancelled', chunk_id = NULL
-        WHERE part = c.part AND batch_id = c.batch_id AND chunk_id = c.chunk_id AND state = 'running';
-        UPDATE redrive.chunks
-        SET state = 'done', finished_at = clock_timestamp(), cancelled = cancelled + v_left,
-            items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
-        WHERE chunk_id = c.chunk_id;
+        PERFORM redrive._cancel_chunk(b, c);
     END LOOP;
     v_waiting := redrive._end_waiting(b, 'cancelled', NULL, NULL);
     UPDATE redrive.batches SET cancelled = cancelled + v_waiting, waiting = waiting - v_waiting WHERE batch_id = b.batch_id;
@@ -120,11 +112,15 @@ COMMENT ON FUNCTION redrive.cancel_batch IS
 'Cancel a live batch: finished work stays, items that run end their commit interval, the others are not run; keys are unlocked. Errors: 42704 unknown batch, 42501 not yours, 55000 not live.';
 
 CREATE FUNCTION redrive._redrive(p_caller oid, p_batch_id bigint, p_fingerprint text, p_error_class text, p_item_nos bigint[]) RETURNS int
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET plan_cache_mode = force_custom_plan -- as in _take_up
+AS $$
 DECLARE
     b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
     v_now timestamptz := clock_timestamp();
+    v_item_nos bigint[];
     v_count bigint;
+    v_size bigint;
     v_key record;
     v_owner oid;
 BEGIN
@@ -132,58 +128,50 @@ BEGIN
         RAISE EXCEPTION 'batch % cannot be redriven', p_batch_id USING ERRCODE = '55000',
             DETAIL = format('Its state is "%s".', b.state), HINT = 'Resume a paused batch first; a cancelled one stays cancelled.';
     END IF;
-    -- The key of a failed item was unlocked: take it again, unless another batch has it now.
-    WITH again AS (
-        SELECT f.item_no, f.key
-        FROM redrive.failures AS f
-        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed' AND f.key IS NOT NULL
-          AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
-          AND (p_error_class IS NULL OR f.error_class = p_error_class)
-          AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
-        ORDER BY f.key
-    )
-    INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)
-    SELECT b.handler_id, again.key, b.batch_id, again.item_no FROM again
-    ON CONFLICT DO NOTHING;
-    SELECT l.key, l.batch_id INTO v_key
+    SELECT array_agg(f.item_no ORDER BY f.item_no), count(*) INTO v_item_nos, v_count
     FROM redrive.failures AS f
-    JOIN redrive.locks AS l ON l.handler_id = b.handler_id AND l.key = f.key
     WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed'
       AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
       AND (p_error_class IS NULL OR f.error_class = p_error_class)
-      AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
-      AND (l.batch_id, l.item_no) IS DISTINCT FROM (f.batch_id, f.item_no)
-    LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION 'key "%" is locked', v_key.key USING ERRCODE = '55P03',
-            DETAIL = format('Batch %s holds it.', v_key.batch_id),
-            HINT = 'Wait for that batch, or redrive other items by item_nos.';
-    END IF;
-
-    WITH armed AS (
-        UPDATE redrive.failures AS f
-        SET state = 'waiting', reason = NULL, retry_count = 0, free_count = attempts,
-            first_failed_at = v_now, next_attempt_at = v_now
-        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'failed'
-          AND (p_fingerprint IS NULL OR f.fingerprint = p_fingerprint)
-          AND (p_error_class IS NULL OR f.error_class = p_error_class)
-          AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos))
-        RETURNING 1
-    )
-    SELECT count(*) INTO v_count FROM armed;
+      AND (p_item_nos IS NULL OR f.item_no = ANY (p_item_nos));
     IF v_count = 0 THEN
         RAISE EXCEPTION 'batch % has no failed items to redrive', p_batch_id USING ERRCODE = '55000',
             DETAIL = format('Its state is "%s", %s items failed.', b.state, b.failed),
             HINT = 'See redrive.failed_items for what can be redriven.';
     END IF;
+    IF b.keyed THEN
+        -- The key of a failed item was unlocked: take it again, unless another batch has it now.
+        INSERT INTO redrive.locks (handler_id, key, batch_id, item_no)
+        SELECT b.handler_id, f.key, b.batch_id, f.item_no
+        FROM redrive.failures AS f
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = ANY (v_item_nos) AND f.key IS NOT NULL
+        ORDER BY f.key
+        ON CONFLICT DO NOTHING;
+        SELECT l.key, l.batch_id INTO v_key
+        FROM redrive.failures AS f
+        JOIN redrive.locks AS l ON l.handler_id = b.handler_id AND l.key = f.key
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = ANY (v_item_nos)
+          AND (l.batch_id, l.item_no) IS DISTINCT FROM (f.batch_id, f.item_no)
+        LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION 'key "%" is locked', v_key.key USING ERRCODE = '55P03',
+                DETAIL = format('Batch %s holds it.', v_key.batch_id),
+                HINT = 'Wait for that batch, or redrive other items by item_nos.';
+        END IF;
+    END IF;
+
     UPDATE redrive.batches
-    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, waiting = waiting + v_count, failures_accepted = 0,
-        next_retry_at = v_now, oldest_failure_at = least(oldest_failure_at, v_now), finished_at = NULL, attempted_at = NULL,
-        last_progress_at = v_now
-    WHERE batch_id = p_batch_id;
+    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, failures_accepted = 0,
+        finished_at = NULL, attempted_at = NULL, last_progress_at = v_now
+    WHERE batch_id = p_batch_id
+    RETURNING * INTO b;
+    v_size := redrive._retry_size(b, current_setting('redrive.max_workers')::int, v_count);
+    FOR i IN 0 .. (v_count - 1) / v_size LOOP
+        PERFORM redrive._take_up(b, v_item_nos[i * v_size + 1:(i + 1) * v_size], v_now, NULL, NULL);
+    END LOOP;
     SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
     PERFORM redrive._wake(v_owner);
-    RETURN b.run_no + 1;
+    RETURN b.run_no;
 END
 $$;
 

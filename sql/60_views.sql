@@ -97,8 +97,7 @@ SELECT f.batch_id, f.item_no,
     v.name AS handler, f.attempts, f.run_no
 FROM redrive.failures AS f
 JOIN redrive.batches AS b ON b.batch_id = f.batch_id AND b.part = f.part
-JOIN redrive._visible AS v ON v.handler_id = b.handler_id
-WHERE f.state <> 'recovered';
+JOIN redrive._visible AS v ON v.handler_id = b.handler_id;
 
 CREATE VIEW redrive.failure_attempts WITH (security_barrier) AS
 SELECT a.batch_id, a.item_no, a.attempt, a.run_no, a.failed_at, a.error_class, a.sqlstate,
@@ -112,8 +111,7 @@ FROM (
         l.message, l.detail, l.hint, l.context, l.constraint_name, l.fingerprint
     FROM redrive.failure_log AS l
     UNION ALL
-    -- the attempt that recovered the item counts, but did not fail
-    SELECT f.part, f.batch_id, f.item_no, f.attempts - (f.state = 'recovered')::int, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,
+    SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,
         f.message, f.detail, f.hint, f.context, f.constraint_name, f.fingerprint
     FROM redrive.failures AS f
 ) AS a
@@ -128,23 +126,30 @@ FROM (
     SELECT f.handler_id, f.fingerprint, f.error_class, f.sqlstate,
         min(f.message) AS sample_message,
         count(*) AS items,
-        count(*) FILTER (WHERE f.state IN ('waiting', 'running')) AS waiting,
+        count(*) FILTER (WHERE f.state = 'waiting') AS waiting,
         count(*) FILTER (WHERE f.state = 'failed') AS failed,
         min(f.first_failed_at) AS first_seen,
         max(f.last_failed_at) AS last_seen
     FROM redrive.failures AS f
     JOIN redrive.batches AS b ON b.batch_id = f.batch_id AND b.part = f.part
-    WHERE f.state <> 'recovered'
     GROUP BY f.handler_id, f.fingerprint, f.error_class, f.sqlstate
 ) AS g
 JOIN redrive._visible AS v ON v.handler_id = g.handler_id;
+
+-- Items that failed before and are run again by a chunk that is not done.
+CREATE VIEW redrive._retrying AS
+SELECT c.part, c.batch_id, c.chunk_id, u.item_no
+FROM redrive.chunks AS c
+JOIN redrive.retry_lists AS l ON l.chunk_id = c.chunk_id
+CROSS JOIN LATERAL unnest(l.item_nos) AS u (item_no)
+WHERE NOT c.folded AND c.kind = 'retry' AND c.state <> 'done' AND u.item_no > c.done_to;
 
 CREATE VIEW redrive.item_status WITH (security_barrier) AS
 SELECT b.batch_id, i.item_no,
     CASE WHEN v.mine THEN i.key END AS key,
     CASE
-        WHEN f.state = 'recovered' THEN 'succeeded'
         WHEN f.state IS NOT NULL THEN f.state::text
+        WHEN r.item_no IS NOT NULL THEN 'running'
         WHEN i.item_no > b.claimed_to THEN 'pending'
         WHEN c.state = 'running' THEN 'running'
         WHEN c.state = 'orphaned' THEN 'pending'
@@ -161,6 +166,7 @@ JOIN (
     CROSS JOIN LATERAL ROWS FROM (unnest(k.keys), generate_series(1, k.items)) AS u (key, place)
 ) AS i ON i.part = b.part AND i.batch_id = b.batch_id
 LEFT JOIN redrive.failures AS f ON f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = i.item_no
+LEFT JOIN redrive._retrying AS r ON r.batch_id = b.batch_id AND r.item_no = i.item_no
 LEFT JOIN redrive.chunks AS c
     ON c.batch_id = b.batch_id AND NOT c.folded AND c.state <> 'done' AND c.kind = 'first' AND i.item_no BETWEEN c.done_to + 1 AND c.to_no;
 

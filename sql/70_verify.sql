@@ -17,15 +17,24 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT count(*) AS all_states,
         count(*) FILTER (WHERE f.state = 'waiting') AS waiting,
-        count(*) FILTER (WHERE f.state = 'running') AS running,
-        count(*) FILTER (WHERE f.state = 'recovered') AS recovered,
         count(*) FILTER (WHERE f.state = 'failed') AS failed,
         count(*) FILTER (WHERE f.state = 'ignored') AS ignored,
         count(*) FILTER (WHERE f.state = 'cancelled') AS cancelled,
-        count(f.key) FILTER (WHERE f.state IN ('waiting', 'running')) AS keyed
+        count(f.key) FILTER (WHERE f.state = 'waiting') AS keyed
     FROM redrive.failures AS f
     WHERE f.part = b.part AND f.batch_id = b.batch_id
 ) AS f
+CROSS JOIN LATERAL (
+    SELECT count(*) AS items,
+        count(*) FILTER (WHERE b.keyed AND (
+            SELECT x.keys[y.item_no - x.first_no + 1]
+            FROM redrive.item_blocks AS x
+            WHERE x.part = b.part AND x.batch_id = b.batch_id AND x.first_no <= y.item_no
+            ORDER BY x.first_no DESC
+            LIMIT 1) IS NOT NULL) AS keyed
+    FROM redrive._retrying AS y
+    WHERE y.batch_id = b.batch_id
+) AS y
 CROSS JOIN LATERAL (
     -- covered: items in some first chunk; overlap: items in two of them
     SELECT coalesce(sum(c.to_no - greatest(c.from_no, c.seen_to + 1) + 1) FILTER (WHERE c.kind = 'first' AND c.to_no > c.seen_to), 0) AS covered,
@@ -49,7 +58,7 @@ CROSS JOIN LATERAL (
     UNION ALL
     SELECT 'item numbers', b.total, i.last_no
     UNION ALL
-    SELECT 'succeeded', c.done - f.all_states + f.recovered, b.succeeded
+    SELECT 'succeeded', c.done - f.all_states - y.items, b.succeeded
     UNION ALL
     SELECT 'ignored', f.ignored, b.ignored
     UNION ALL
@@ -57,7 +66,7 @@ CROSS JOIN LATERAL (
     UNION ALL
     SELECT 'waiting', f.waiting, b.waiting
     UNION ALL
-    SELECT 'running retries', f.running, c.retrying
+    SELECT 'running retries', y.items, c.retrying
     UNION ALL
     SELECT 'cancelled', f.cancelled + CASE WHEN b.state = 'cancelled' THEN b.total - c.covered ELSE 0 END, b.cancelled
     UNION ALL
@@ -75,7 +84,7 @@ CROSS JOIN LATERAL (
     SELECT 'live items', 0, b.waiting + b.running + b.pending
     WHERE b.state = 'finished' OR b.finished_at IS NOT NULL
     UNION ALL
-    SELECT 'locks', f.keyed + (
+    SELECT 'locks', f.keyed + y.keyed + (
             SELECT count(*)
             FROM (
                 SELECT b.claimed_to + 1 AS from_no, b.total AS to_no

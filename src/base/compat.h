@@ -58,4 +58,12 @@
 #define redrive_name_list(text)		stringToQualifiedNameList((text))
 #endif
 
+#if PG_VERSION_NUM >= 160000
+#define redrive_insert_index_tuples(result, slot, estate) \
+	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, NIL, false)
+#else
+#define redrive_insert_index_tuples(result, slot, estate) \
+	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, NIL)
+#endif
+
 #endif							/* REDRIVE_COMPAT_H */

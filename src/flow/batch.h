@@ -80,6 +80,7 @@ typedef struct RedriveItem
 	Datum		payload;
 	int32		attempts;		/* made so far, the running one excluded */
 	int32		free_count;		/* of them, those that cost no retry */
+	TimestampTz first_failed_at;	/* 0 = not before */
 	int32		at_once;		/* transient errors answered by trying at once */
 	RedriveFailure *failure;	/* set = not part of the next segment */
 } RedriveItem;
@@ -94,7 +95,9 @@ typedef struct RedriveChunk
 	int16		part;
 	int32		run_no;
 	bool		retry;			/* kind = retry */
-	bool		keyed;			/* the batch has keys */
+	RedriveItem *list;			/* items of a retry chunk, without payload and
+								 * key */
+	int			list_items;
 	int64		done_to;		/* watermark, as committed */
 	int64		to_no;
 	int64		lease_token;
@@ -116,7 +119,6 @@ typedef struct RedriveChunk
 	int			page_items;
 	int			page_next;		/* first item of the page that is not
 								 * committed */
-	int64		page_to;		/* item_no up to which the page reaches */
 } RedriveChunk;
 
 /* One commit interval. */

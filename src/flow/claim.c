@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * claim.c
- *	  Take a chunk, read its items, give it back.
+ *	  Take a chunk, give it back.
  *
  * The claim is committed before any item runs: whatever happens then, the
  * chunk row says who had it.  A worker is identified by its pid and start
@@ -25,11 +25,6 @@
 #include "base/xact.h"
 #include "flow/claim.h"
 
-/* A page of items has so many blocks, or one that is larger than this. */
-#define PAGE_BLOCKS 64
-#define PAGE_BLOCK_BYTES 65536
-#define PAGE_RETRIES 4096
-
 /* A batch of so few items is claimed whole by the worker that is woken for it. */
 #define SMALL_BATCH 100
 
@@ -44,7 +39,7 @@
 
 static RedriveSql claim_chunk = {
 	"SELECT c.chunk_id, c.batch_id, c.part, c.run_no, c.kind = 'retry' AS retry, c.done_to, c.to_no, c.items,"
-	" c.lease_token, c.keyed, c.more," HANDLER_COLUMNS
+	" c.lease_token, c.more," HANDLER_COLUMNS
 	" FROM redrive._claim($1, $2, $3, $4, $5) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
 	5, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, BOOLOID}
 };
@@ -55,7 +50,7 @@ static RedriveSql claim_chunk = {
  */
 static RedriveSql claim_hinted = {
 	"WITH b AS MATERIALIZED ("
-	"  SELECT s.batch_id, s.part, s.run_no, s.total, s.keyed, h.*"
+	"  SELECT s.batch_id, s.part, s.run_no, s.total, h.*"
 	"  FROM redrive.batches AS s JOIN redrive.handlers AS h ON h.handler_id = s.handler_id"
 	"  WHERE s.batch_id = $4 AND s.claimable AND s.claimed_to = 0 AND s.total <= $5 AND s.serve_after <= $6"
 	"  AND h.owner = $1 AND NOT h.paused AND h.max_workers IS NULL"
@@ -69,43 +64,9 @@ static RedriveSql claim_hinted = {
 	"   nextval('redrive.lease_tokens'), $2, $3, $6, $6 FROM b"
 	"  RETURNING chunk_id, done_to, to_no, items, lease_token)"
 	" SELECT c.chunk_id, h.batch_id, h.part, h.run_no, false AS retry, c.done_to, c.to_no, c.items, c.lease_token,"
-	" h.keyed, false AS more," HANDLER_COLUMNS
+	" false AS more," HANDLER_COLUMNS
 	" FROM c CROSS JOIN b AS h",
 	6, {OIDOID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, TIMESTAMPTZOID}
-};
-
-/* The block that holds the first wanted item, and small ones after it. */
-static RedrivePartSql fetch_items =
-{
-	"SELECT x.first_no, x.items, x.keys, x.payloads FROM redrive.item_blocks_@ AS x"
-	" WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= $4"
-	" AND x.first_no >= (SELECT y.first_no FROM redrive.item_blocks_@ AS y"
-	"  WHERE y.part = $1 AND y.batch_id = $2 AND y.first_no <= $3 ORDER BY y.first_no DESC LIMIT 1)"
-	" AND (x.first_no <= $3 OR x.bytes <= $6)"
-	" ORDER BY x.first_no LIMIT $5",
-	6,
-	{
-		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
-	}
-};
-
-/* Each with its block; only the payloads that are used are taken apart. */
-static RedrivePartSql fetch_retries =
-{
-	"SELECT r.item_no, r.free_count, r.attempts, r.keys[r.place] AS key, r.payloads[r.place] AS payload"
-	" FROM (SELECT f.item_no, f.free_count, f.attempts, (f.item_no - b.first_no + 1)::int AS place, b.keys, b.payloads,"
-	"  b.bytes / b.items AS size, sum(b.bytes / b.items) OVER (ORDER BY f.item_no) AS upto"
-	"  FROM (SELECT * FROM redrive.failures_@ AS x"
-	"   WHERE x.part = $1 AND x.batch_id = $2 AND x.chunk_id = $3 AND x.state = 'running' AND x.item_no > $4"
-	"   ORDER BY x.item_no LIMIT $5) AS f"
-	"  CROSS JOIN LATERAL (SELECT * FROM redrive.item_blocks_@ AS x"
-	"   WHERE x.part = $1 AND x.batch_id = $2 AND x.first_no <= f.item_no ORDER BY x.first_no DESC LIMIT 1) AS b) AS r"
-	" WHERE r.upto - r.size < $6"
-	" ORDER BY r.item_no",
-	6,
-	{
-		INT2OID, INT8OID, INT8OID, INT8OID, INT4OID, INT4OID
-	}
 };
 
 static RedriveSql give_back = {
@@ -213,7 +174,6 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	chunk->part = DatumGetInt16(redrive_column(0, "part", &isnull));
 	chunk->run_no = DatumGetInt32(redrive_column(0, "run_no", &isnull));
 	chunk->retry = redrive_bool(0, "retry");
-	chunk->keyed = redrive_bool(0, "keyed");
 	chunk->done_to = redrive_int64(0, "done_to");
 	chunk->to_no = redrive_int64(0, "to_no");
 	chunk->lease_token = redrive_int64(0, "lease_token");
@@ -222,130 +182,6 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	read_handler(chunk);
 	redrive_commit();
 	return chunk;
-}
-
-/* Add the wanted items of a fetched block to the page. */
-static void
-unpack_block(RedriveChunk *chunk, int row, RedriveItem **page, int *n, int *room)
-{
-	bool		isnull;
-	int64		first_no = redrive_int64(row, "first_no");
-	Datum		payload_array = redrive_column(row, "payloads", &isnull);
-	Datum		key_array = redrive_column(row, "keys", &isnull);
-	Datum	   *payloads;
-	Datum	   *keys = NULL;
-	bool	   *nulls;
-	int			items;
-
-	/* copied into the page's context; elements point into the copy */
-	deconstruct_array(DatumGetArrayTypePCopy(payload_array), JSONBOID, -1, false, TYPALIGN_INT,
-					  &payloads, NULL, &items);
-	if (!isnull)
-		deconstruct_array(DatumGetArrayTypePCopy(key_array), TEXTOID, -1, false, TYPALIGN_INT,
-						  &keys, &nulls, &items);
-	for (int i = 0; i < items; i++)
-	{
-		RedriveItem *item;
-
-		if (first_no + i <= chunk->done_to || first_no + i > chunk->to_no)
-			continue;
-		if (*n == *room)
-		{
-			*room = *room * 2;
-			*page = repalloc_huge(*page, *room * sizeof(RedriveItem));
-		}
-		item = &(*page)[(*n)++];
-		memset(item, 0, sizeof(RedriveItem));
-		item->item_no = first_no + i;
-		item->payload = payloads[i];
-		item->key = keys != NULL && !nulls[i] ? (text *) DatumGetPointer(keys[i]) : NULL;
-	}
-}
-
-/* Read one row of a retry chunk. */
-static void
-unpack_retry(int row, RedriveItem *item)
-{
-	bool		isnull;
-	Datum		value;
-
-	memset(item, 0, sizeof(RedriveItem));
-	item->item_no = redrive_int64(row, "item_no");
-	item->free_count = DatumGetInt32(redrive_column(row, "free_count", &isnull));
-	item->attempts = DatumGetInt32(redrive_column(row, "attempts", &isnull));
-	value = redrive_column(row, "key", &isnull);
-	item->key = isnull ? NULL : DatumGetTextPCopy(value);
-	value = redrive_column(row, "payload", &isnull);
-	item->payload = PointerGetDatum(PG_DETOAST_DATUM_COPY(value));
-}
-
-/*
- * Read the next page of the chunk's items, those after done_to.
- *
- * Items are read once per page, not once per commit.  Returns false, with an
- * empty page, when items that should be there are not.  Needs a transaction.
- */
-bool
-redrive_fetch_page(RedriveChunk *chunk)
-{
-	Datum		values[6];
-	uint64		rows;
-	MemoryContext old_cxt;
-	RedriveItem *page;
-	int			n = 0;
-	int			room = 1024;
-	int64		next_no = 0;
-
-	MemoryContextReset(chunk->page_cxt);
-	chunk->page = NULL;
-	chunk->page_items = chunk->page_next = 0;
-
-	values[0] = Int16GetDatum(chunk->part);
-	values[1] = Int64GetDatum(chunk->batch_id);
-	if (chunk->retry)
-	{
-		values[2] = Int64GetDatum(chunk->chunk_id);
-		values[3] = Int64GetDatum(chunk->done_to);
-		values[4] = Int32GetDatum(PAGE_RETRIES);
-		values[5] = Int32GetDatum(PAGE_BLOCKS * PAGE_BLOCK_BYTES);
-		rows = redrive_part_sql(&fetch_retries, chunk->part, values, NULL);
-		room = Max(rows, 1);
-	}
-	else
-	{
-		values[2] = Int64GetDatum(chunk->done_to + 1);
-		values[3] = Int64GetDatum(chunk->to_no);
-		values[4] = Int32GetDatum(PAGE_BLOCKS);
-		values[5] = Int32GetDatum(PAGE_BLOCK_BYTES);
-		rows = redrive_part_sql(&fetch_items, chunk->part, values, NULL);
-	}
-
-	old_cxt = MemoryContextSwitchTo(chunk->page_cxt);
-	page = palloc(room * sizeof(RedriveItem));
-	/* large payloads are stored out of line */
-	PushActiveSnapshot(GetTransactionSnapshot());
-	for (uint64 row = 0; row < rows; row++)
-	{
-		bool		isnull;
-
-		/* a large block in between is left to a page of its own */
-		if (!chunk->retry && row > 0 && redrive_int64(row, "first_no") != next_no)
-			break;
-		if (!chunk->retry)
-			next_no = redrive_int64(row, "first_no") + DatumGetInt32(redrive_column(row, "items", &isnull));
-		if (chunk->retry)
-			unpack_retry(row, &page[n++]);
-		else
-			unpack_block(chunk, row, &page, &n, &room);
-	}
-	PopActiveSnapshot();
-	MemoryContextSwitchTo(old_cxt);
-	redrive_free_rows();
-	if (n == 0 || (!chunk->retry && page[n - 1].item_no - chunk->done_to != n))
-		return false;
-	chunk->page = page;
-	chunk->page_items = n;
-	return true;
 }
 
 /*

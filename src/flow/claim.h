@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * claim.h
- *	  Take a chunk, read its items, give it back.
+ *	  Take a chunk, give it back.
  *
  *-------------------------------------------------------------------------
  */
@@ -11,7 +11,6 @@
 #include "flow/batch.h"
 
 extern RedriveChunk *redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *callbacks);
-extern bool redrive_fetch_page(RedriveChunk *chunk);
 extern void redrive_give_back(RedriveChunk *chunk, bool lost);
 extern void redrive_fold(RedriveChunk *chunk);
 extern void redrive_rescue(void);

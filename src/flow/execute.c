@@ -29,6 +29,7 @@
 #include "flow/classify.h"
 #include "flow/deferred.h"
 #include "flow/execute.h"
+#include "flow/fetch.h"
 #include "flow/record.h"
 #include "flow/segment.h"
 

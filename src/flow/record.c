@@ -18,90 +18,25 @@
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
+#include "base/table_insert.h"
 #include "base/wake.h"
 #include "flow/handler.h"
 #include "flow/record.h"
 #include "flow/segment.h"
 
-/* Columns of a failure that are passed as arrays, one element per failure. */
+/* The columns of redrive.failures, in the table's order. */
 enum
 {
-	F_ITEM_NO, F_STATE, F_REASON, F_RULE_ID, F_CLASS, F_SQLSTATE, F_FINGERPRINT, F_RETRY_COUNT, F_FREE_COUNT,
-	F_ATTEMPTS, F_FAILED_AT, F_NEXT_AT, F_KEY, F_MESSAGE, F_DETAIL, F_HINT, F_CONTEXT, F_CONSTRAINT, F_COLUMNS
+	F_PART, F_BATCH_ID, F_ITEM_NO, F_HANDLER_ID, F_RUN_NO, F_STATE, F_REASON, F_RULE_ID, F_CLASS, F_SQLSTATE, F_FINGERPRINT,
+	F_RETRY_COUNT, F_FREE_COUNT, F_ATTEMPTS, F_FIRST_AT, F_LAST_AT, F_NEXT_AT, F_KEY, F_MESSAGE, F_DETAIL, F_HINT, F_CONTEXT,
+	F_CONSTRAINT, F_COLUMNS
 };
 
-static const Oid failure_types[F_COLUMNS] = {
-	INT8OID, TEXTOID, TEXTOID, INT4OID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID,
-	INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID
-};
-
-#define FAILURE_ARRAYS \
-	INT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT4ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT4ARRAYOID, INT4ARRAYOID, \
-	INT4ARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID
-
-#define FAILURE_UNNEST \
-	" unnest($5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)" \
-	" AS v (item_no, state, reason, rule_id, error_class, sqlstate, fingerprint, retry_count, free_count," \
-	" attempts, failed_at, next_attempt_at, key, message, detail, hint, context, constraint_name)"
-
-static RedrivePartSql insert_failures =
-{
-	"INSERT INTO redrive.failures_@ (part, batch_id, item_no, handler_id, run_no, state, reason, rule_id, error_class,"
-	" sqlstate, fingerprint, retry_count, free_count, attempts, first_failed_at, last_failed_at, next_attempt_at,"
-	" key, message, detail, hint, context, constraint_name)"
-	" SELECT $1, $2, v.item_no, $3, $4, v.state::redrive.failure_state, v.reason::redrive.fail_reason, v.rule_id, v.error_class,"
-	" v.sqlstate, v.fingerprint, v.retry_count, v.free_count, v.attempts, v.failed_at, v.failed_at, v.next_attempt_at,"
-	" v.key, v.message, v.detail, v.hint, v.context, v.constraint_name"
-	" FROM" FAILURE_UNNEST,
-	4 + F_COLUMNS,
-	{
-		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
-	}
-};
-
-/* The attempt that the failures row tells of goes to the log. */
-static RedrivePartSql log_superseded =
-{
-	"INSERT INTO redrive.failure_log_@ (part, batch_id, item_no, attempt, run_no, failed_at, error_class, sqlstate,"
-	" fingerprint, message, detail, hint, context, constraint_name)"
-	" SELECT f.part, f.batch_id, f.item_no, f.attempts, f.run_no, f.last_failed_at, f.error_class, f.sqlstate,"
-	" f.fingerprint, f.message, f.detail, f.hint, f.context, f.constraint_name"
-	" FROM redrive.failures_@ AS f WHERE f.part = $1 AND f.batch_id = $2 AND f.item_no = ANY ($3)",
-	3,
-	{
-		INT2OID, INT8OID, INT8ARRAYOID
-	}
-};
-
-/* chunk_id says that it is running: by state the index of running ones would be scanned, row by row. */
-static RedrivePartSql update_failures =
-{
-	"UPDATE redrive.failures_@ AS f SET state = v.state::redrive.failure_state, reason = v.reason::redrive.fail_reason,"
-	" rule_id = v.rule_id, error_class = v.error_class, sqlstate = v.sqlstate, fingerprint = v.fingerprint,"
-	" retry_count = v.retry_count, free_count = v.free_count, attempts = v.attempts, last_failed_at = v.failed_at,"
-	" next_attempt_at = v.next_attempt_at, message = v.message, detail = v.detail, hint = v.hint, context = v.context,"
-	" constraint_name = v.constraint_name, chunk_id = NULL, run_no = $4"
-	" FROM" FAILURE_UNNEST
-	" WHERE f.part = $1 AND f.batch_id = $2 AND f.handler_id = $3 AND f.item_no = ANY ($5)"
-	" AND f.item_no = v.item_no AND f.chunk_id IS NOT NULL",
-	4 + F_COLUMNS,
-	{
-		INT2OID, INT8OID, INT4OID, INT4OID, FAILURE_ARRAYS
-	}
-};
-
-static RedrivePartSql recover_failures =
-{
-	"UPDATE redrive.failures_@ SET state = 'recovered', attempts = attempts + 1, chunk_id = NULL"
-	" WHERE part = $1 AND batch_id = $2 AND item_no = ANY ($3) AND chunk_id IS NOT NULL",
-	3,
-	{
-		INT2OID, INT8OID, INT8ARRAYOID
-	}
-};
-
+/* One probe of the index per key, whatever is known of the table when this is planned. */
 static RedriveSql release_locks = {
-	"DELETE FROM redrive.locks WHERE handler_id = $1 AND key = ANY ($2) AND batch_id = $3",
+	"DELETE FROM redrive.locks WHERE ctid = ANY (ARRAY("
+	" SELECT x.ctid FROM unnest($2) AS u (key) CROSS JOIN LATERAL ("
+	"  SELECT l.ctid FROM redrive.locks AS l WHERE l.handler_id = $1 AND l.key = u.key AND l.batch_id = $3 OFFSET 0) AS x))",
 	3, {INT4OID, TEXTARRAYOID, INT8OID}
 };
 
@@ -137,22 +72,6 @@ static RedriveSql fence = {
 	9, {INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID}
 };
 
-/* Build an array with NULLs. */
-static Datum
-make_array(Oid type, int n, Datum *elements, bool *nulls)
-{
-	int			dims[1] = {n};
-	int			lbs[1] = {1};
-
-	if (n == 0)
-		return PointerGetDatum(construct_empty_array(type));
-	if (type == INT4OID)
-		return PointerGetDatum(construct_md_array(elements, nulls, 1, dims, lbs, type, 4, true, TYPALIGN_INT));
-	if (type == TEXTOID)
-		return PointerGetDatum(construct_md_array(elements, nulls, 1, dims, lbs, type, -1, false, TYPALIGN_INT));
-	return PointerGetDatum(construct_md_array(elements, nulls, 1, dims, lbs, type, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-}
-
 static Datum
 text_or_null(const char *string, bool *isnull)
 {
@@ -160,69 +79,52 @@ text_or_null(const char *string, bool *isnull)
 	return string == NULL ? (Datum) 0 : CStringGetTextDatum(string);
 }
 
-/* Store n failures, new ones or those of a retry chunk. */
+/*
+ * Store n failures.  Those of a retry chunk are new rows too: the old ones went
+ * to the log when the chunk was made.
+ */
 static void
 store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
 {
-	Datum	   *elements[F_COLUMNS];
-	bool	   *nulls[F_COLUMNS];
-	Datum		values[4 + F_COLUMNS];
+	Datum	   *all = palloc0((Size) n * F_COLUMNS * sizeof(Datum));
+	bool	   *all_nulls = palloc0((Size) n * F_COLUMNS * sizeof(bool));
 
-	for (int c = 0; c < F_COLUMNS; c++)
-	{
-		elements[c] = palloc(n * sizeof(Datum));
-		nulls[c] = palloc0(n * sizeof(bool));
-	}
 	for (int i = 0; i < n; i++)
 	{
 		RedriveFailure *f = failures[i];
+		Datum	   *values = all + (Size) i * F_COLUMNS;
+		bool	   *nulls = all_nulls + (Size) i * F_COLUMNS;
 
-		elements[F_ITEM_NO][i] = Int64GetDatum(f->item->item_no);
-		elements[F_STATE][i] = CStringGetTextDatum(f->state);
-		elements[F_REASON][i] = text_or_null(f->reason, &nulls[F_REASON][i]);
-		elements[F_RULE_ID][i] = Int32GetDatum(f->rule_id);
-		nulls[F_RULE_ID][i] = f->rule_id == 0;
-		elements[F_CLASS][i] = CStringGetTextDatum(f->error_class);
-		elements[F_SQLSTATE][i] = CStringGetTextDatum(unpack_sql_state(f->error->sqlerrcode));
-		elements[F_FINGERPRINT][i] = CStringGetTextDatum(psprintf("%016llx", (unsigned long long) f->fingerprint));
-		elements[F_RETRY_COUNT][i] = Int32GetDatum(f->retry_count);
-		elements[F_FREE_COUNT][i] = Int32GetDatum(f->free_count);
-		elements[F_ATTEMPTS][i] = Int32GetDatum(f->attempts);
-		elements[F_FAILED_AT][i] = TimestampTzGetDatum(f->failed_at);
-		elements[F_NEXT_AT][i] = TimestampTzGetDatum(f->next_attempt_at);
-		nulls[F_NEXT_AT][i] = f->next_attempt_at == 0;
-		elements[F_KEY][i] = PointerGetDatum(f->item->key);
-		nulls[F_KEY][i] = f->item->key == NULL;
-		elements[F_MESSAGE][i] = CStringGetTextDatum(f->error->message ? f->error->message : "");
-		elements[F_DETAIL][i] = text_or_null(f->error->detail, &nulls[F_DETAIL][i]);
-		elements[F_HINT][i] = text_or_null(f->error->hint, &nulls[F_HINT][i]);
-		elements[F_CONTEXT][i] = text_or_null(f->error->context, &nulls[F_CONTEXT][i]);
-		elements[F_CONSTRAINT][i] = text_or_null(f->error->constraint_name, &nulls[F_CONSTRAINT][i]);
+		values[F_PART] = Int16GetDatum(chunk->part);
+		values[F_BATCH_ID] = Int64GetDatum(chunk->batch_id);
+		values[F_ITEM_NO] = Int64GetDatum(f->item->item_no);
+		values[F_HANDLER_ID] = Int32GetDatum(chunk->handler.handler_id);
+		values[F_RUN_NO] = Int32GetDatum(chunk->run_no);
+		values[F_STATE] = redrive_enum("failure_state", f->state);
+		nulls[F_REASON] = f->reason == NULL;
+		if (f->reason != NULL)
+			values[F_REASON] = redrive_enum("fail_reason", f->reason);
+		values[F_RULE_ID] = Int32GetDatum(f->rule_id);
+		nulls[F_RULE_ID] = f->rule_id == 0;
+		values[F_CLASS] = CStringGetTextDatum(f->error_class);
+		values[F_SQLSTATE] = CStringGetTextDatum(unpack_sql_state(f->error->sqlerrcode));
+		values[F_FINGERPRINT] = CStringGetTextDatum(psprintf("%016llx", (unsigned long long) f->fingerprint));
+		values[F_RETRY_COUNT] = Int32GetDatum(f->retry_count);
+		values[F_FREE_COUNT] = Int32GetDatum(f->free_count);
+		values[F_ATTEMPTS] = Int32GetDatum(f->attempts);
+		values[F_FIRST_AT] = TimestampTzGetDatum(f->item->first_failed_at != 0 ? f->item->first_failed_at : f->failed_at);
+		values[F_LAST_AT] = TimestampTzGetDatum(f->failed_at);
+		values[F_NEXT_AT] = TimestampTzGetDatum(f->next_attempt_at);
+		nulls[F_NEXT_AT] = f->next_attempt_at == 0;
+		values[F_KEY] = PointerGetDatum(f->item->key);
+		nulls[F_KEY] = f->item->key == NULL;
+		values[F_MESSAGE] = CStringGetTextDatum(f->error->message ? f->error->message : "");
+		values[F_DETAIL] = text_or_null(f->error->detail, &nulls[F_DETAIL]);
+		values[F_HINT] = text_or_null(f->error->hint, &nulls[F_HINT]);
+		values[F_CONTEXT] = text_or_null(f->error->context, &nulls[F_CONTEXT]);
+		values[F_CONSTRAINT] = text_or_null(f->error->constraint_name, &nulls[F_CONSTRAINT]);
 	}
-	values[0] = Int16GetDatum(chunk->part);
-	values[1] = Int64GetDatum(chunk->batch_id);
-	for (int c = 0; c < F_COLUMNS; c++)
-		values[4 + c] = make_array(failure_types[c], n, elements[c], nulls[c]);
-	if (chunk->retry)
-	{
-		values[2] = values[4 + F_ITEM_NO];
-		(void) redrive_part_sql(&log_superseded, chunk->part, values, NULL);
-	}
-	values[2] = Int32GetDatum(chunk->handler.handler_id);
-	values[3] = Int32GetDatum(chunk->run_no);
-	(void) redrive_part_sql(chunk->retry ? &update_failures : &insert_failures, chunk->part, values, NULL);
-}
-
-/* Mark the items of a retry chunk that succeeded. */
-static void
-store_recovered(RedriveChunk *chunk, int n, Datum *item_nos)
-{
-	Datum		values[3];
-
-	values[0] = Int16GetDatum(chunk->part);
-	values[1] = Int64GetDatum(chunk->batch_id);
-	values[2] = make_array(INT8OID, n, item_nos, palloc0(n * sizeof(bool)));
-	(void) redrive_part_sql(&recover_failures, chunk->part, values, NULL);
+	redrive_table_insert(psprintf("failures_%d", chunk->part), F_COLUMNS, n, all, all_nulls);
 }
 
 /*
@@ -236,7 +138,7 @@ unlock(RedriveChunk *chunk, int n, Datum *keys)
 	ErrorData  *error = NULL;
 
 	values[0] = Int32GetDatum(chunk->handler.handler_id);
-	values[1] = make_array(TEXTOID, n, keys, palloc0(n * sizeof(bool)));
+	values[1] = PointerGetDatum(construct_array(keys, n, TEXTOID, -1, false, TYPALIGN_INT));
 	values[2] = Int64GetDatum(chunk->batch_id);
 	(void) redrive_sql(&release_locks, values, NULL);
 	if (chunk->handler.on_unlock == NULL)
@@ -261,10 +163,8 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 {
 	const int	n = interval->end - interval->first;
 	RedriveFailure **failures = palloc(Max(n, 1) * sizeof(RedriveFailure *));
-	Datum	   *recovered = palloc(Max(n, 1) * sizeof(Datum));
 	Datum	   *keys = palloc(Max(n, 1) * sizeof(Datum));
 	int			n_failures = 0,
-				n_recovered = 0,
 				n_keys = 0;
 	int64		ignored = 0,
 				failed = 0,
@@ -282,8 +182,6 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 
 		if (f != NULL)
 			failures[n_failures++] = f;
-		else if (chunk->retry)
-			recovered[n_recovered++] = Int64GetDatum(item->item_no);
 		if (final && item->key != NULL)
 			keys[n_keys++] = PointerGetDatum(item->key);
 		if (f == NULL)
@@ -295,6 +193,8 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 				next_retry_at = f->next_attempt_at;
 			if (oldest == 0 || f->failed_at < oldest)
 				oldest = f->failed_at;
+			if (item->first_failed_at != 0 && item->first_failed_at < oldest)
+				oldest = item->first_failed_at;
 		}
 		else if (strcmp(f->state, "ignored") == 0)
 			ignored++;
@@ -304,8 +204,6 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 
 	if (n_failures > 0)
 		store_failures(chunk, n_failures, failures);
-	if (n_recovered > 0)
-		store_recovered(chunk, n_recovered, recovered);
 	if (n_keys > 0)
 		unlock(chunk, n_keys, keys);
 	if (waiting > 0)

@@ -178,19 +178,21 @@ CALL redrive.work();
 SELECT error_class, sqlstate, items, failed FROM redrive.failure_groups WHERE fingerprint IN (SELECT fingerprint FROM redrive.failed_items WHERE batch_id = batch('parts')) AND handler = 'none' ORDER BY sqlstate;
 SELECT redrive.redrive(batch('parts'), error_class => 'other');
 SELECT state, error_class, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.failed_items WHERE batch_id = batch('parts') GROUP BY 1, 2 ORDER BY 1, 2;
+SELECT state, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.item_status WHERE batch_id = batch('parts') GROUP BY 1 ORDER BY 1;
 CALL redrive.work();
 SELECT fingerprint FROM redrive.failed_items WHERE batch_id = batch('parts') AND sqlstate = '23505' LIMIT 1 \gset
 SELECT redrive.redrive(batch('parts'), fingerprint => :'fingerprint');
 SELECT state, sqlstate, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.failed_items WHERE batch_id = batch('parts') GROUP BY 1, 2 ORDER BY 1, 2;
+SELECT state, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.item_status WHERE batch_id = batch('parts') GROUP BY 1 ORDER BY 1;
 CALL redrive.work();
 SELECT redrive.redrive(batch('parts'), item_nos => ARRAY[1, 2, 2, NULL, 1000]);
-SELECT item_no FROM redrive.failed_items WHERE batch_id = batch('parts') AND state = 'waiting' ORDER BY item_no;
+SELECT item_no FROM redrive.item_status WHERE batch_id = batch('parts') AND state = 'running' ORDER BY item_no;
 UPDATE works SET from_attempt = 1;
 CALL redrive.work();
 SELECT * FROM progress WHERE label = 'parts';
 -- All conditions hold at once.
 SELECT redrive.redrive(batch('parts'), :'fingerprint', 'data', ARRAY[3, 4, 5]);
-SELECT item_no, sqlstate FROM redrive.failed_items WHERE batch_id = batch('parts') AND state = 'waiting' ORDER BY item_no;
+SELECT item_no FROM redrive.item_status WHERE batch_id = batch('parts') AND state = 'running' ORDER BY item_no;
 CALL redrive.work();
 SELECT redrive.redrive(batch('parts'));
 CALL redrive.work();
@@ -249,4 +251,18 @@ SELECT * FROM progress WHERE label = 'many';
 SELECT count(*), count(DISTINCT item_no), min(attempt), max(attempt) FROM done;
 SELECT count(*) AS locks FROM redrive.locks;
 SELECT label, state FROM progress WHERE state NOT IN ('finished', 'cancelled');
+SELECT * FROM broken;
+
+-- A redrive that is cancelled before it runs: the failures are back, with their errors, and their keys unlocked.
+UPDATE works SET from_attempt = 100;
+SELECT redrive.submit('none', array_agg(jsonb_build_object('sqlstate', '22000')), array_agg('c' || i), label => 'called off') > 0 AS submitted FROM generate_series(1, 300) AS i;
+CALL redrive.work();
+SELECT redrive.redrive(batch('called off'), item_nos => ARRAY(SELECT generate_series(11, 300)));
+SELECT state, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.item_status WHERE batch_id = batch('called off') GROUP BY 1 ORDER BY 1;
+SELECT redrive.cancel_batch(batch('called off'));
+SELECT state, reason, sqlstate, attempts, count(key) AS keys, count(*) FILTER (WHERE message = 'attempt 1 of item ' || item_no) AS messages FROM redrive.failed_items WHERE batch_id = batch('called off') GROUP BY 1, 2, 3, 4 ORDER BY 1;
+SELECT attempt, count(*), count(DISTINCT item_no) FROM redrive.failure_attempts WHERE batch_id = batch('called off') GROUP BY 1;
+SELECT state, count(*), count(*) FILTER (WHERE redrive.is_locked('none', key)) AS locked FROM redrive.item_status WHERE batch_id = batch('called off') GROUP BY 1 ORDER BY 1;
+SELECT count(*) AS lists FROM redrive.retry_lists;
+SELECT * FROM progress WHERE label = 'called off';
 SELECT * FROM broken;

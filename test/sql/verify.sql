@@ -71,9 +71,10 @@ SELECT after('ready', 'UPDATE redrive.item_blocks SET first_no = first_no + 1 WH
 SELECT after('retrying', 'DELETE FROM redrive.failures WHERE state = ''failed'' AND batch_id = %s');
 SELECT after('retrying', 'DELETE FROM redrive.failures WHERE state = ''waiting'' AND batch_id = %s');
 SELECT after('retrying', 'UPDATE redrive.failures SET state = ''ignored'', next_attempt_at = NULL WHERE state = ''waiting'' AND batch_id = %s');
-SELECT after('finished', 'UPDATE redrive.failures SET state = ''recovered'', reason = NULL WHERE state = ''failed'' AND batch_id = %s');
+SELECT after('finished', 'DELETE FROM redrive.failures WHERE state = ''failed'' AND batch_id = %s');
 SELECT after('finished', 'UPDATE redrive.failures SET state = ''waiting'', reason = NULL WHERE state = ''failed'' AND batch_id = %s');
-SELECT after('retrying', 'UPDATE redrive.failures SET state = ''running'', chunk_id = 1, next_attempt_at = NULL WHERE state = ''waiting'' AND batch_id = %s');
+SELECT after('retrying', 'SELECT redrive._take_up(b, ARRAY[4]::bigint[], NULL, NULL, NULL) FROM redrive.batches AS b WHERE batch_id = %s');
+SELECT after('retrying', 'DO $d$ BEGIN PERFORM redrive._take_up(b, ARRAY[4]::bigint[], NULL, NULL, NULL) FROM redrive.batches AS b WHERE batch_id = %s; UPDATE redrive.retry_lists SET item_nos = ''{}''; END $d$');
 SELECT after('paused', 'DELETE FROM redrive.chunks WHERE batch_id = %s');
 SELECT after('paused', 'UPDATE redrive.chunks SET done = done - 1 WHERE done > 0 AND batch_id = %s');
 SELECT after('paused', 'UPDATE redrive.chunks SET done_to = done_to + 1 WHERE state = ''orphaned'' AND batch_id = %s');

@@ -175,7 +175,7 @@ DECLARE
         'SET CONSTRAINTS ALL DEFERRED',
         'DECLARE open_cursor CURSOR FOR SELECT 1',
         'PREPARE fence AS SELECT 1',
-        'UPDATE redrive.failures SET state = ''recovered''',
+        'UPDATE redrive.failures SET state = ''ignored''',
         'UPDATE redrive.chunks SET done = 0',
         'DELETE FROM redrive.locks',
         'SELECT redrive._fold(1)',
