@@ -59,8 +59,8 @@ LANGUAGE sql STABLE AS $$
          WHERE NOT h.paused))
 $$;
 
--- Take one chunk for a worker of p_owner: an orphaned one first, else by
--- priority, then the work that has been due longest.  Returns no row when
+-- Take one chunk for a worker of p_owner: by priority, then the work that has
+-- been due longest; of a batch an orphaned chunk first.  Returns no row when
 -- there is nothing to do.  The batch row is locked to the end of the caller's
 -- (short) transaction; batches that another session has locked are skipped.
 -- p_workers: how many workers may share a batch, so that none takes all of it.
@@ -82,7 +82,7 @@ BEGIN
     FOR cand IN
         SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
         WHERE x.owner = p_owner AND (p_callbacks OR x.work <> 'callback')
-        ORDER BY x.priority DESC, x.due
+        ORDER BY x.priority DESC, x.due, x.work = 'orphan' DESC
     LOOP
         IF cand.work = 'callback' THEN
             RETURN NEXT;
