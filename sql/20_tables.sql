@@ -139,6 +139,8 @@ CREATE TABLE redrive.chunks (
     worker_pid int,
     worker_started_at timestamptz,
     rescue_count int NOT NULL DEFAULT 0,
+    excused int NOT NULL DEFAULT 0,
+    suspect_to bigint,
     claim_done bigint NOT NULL DEFAULT 0,
     claimed_at timestamptz NOT NULL,
     progress_at timestamptz NOT NULL,
@@ -247,12 +249,24 @@ CREATE TABLE redrive.callbacks (
     failures int NOT NULL DEFAULT 0,
     next_attempt_at timestamptz,
     message text,
+    crash_count int NOT NULL DEFAULT 0,
+    last_crashed_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT callbacks_pkey PRIMARY KEY (callback_id),
     CONSTRAINT callbacks_kind_check CHECK (kind IN ('on_unlock', 'on_finish')),
     CONSTRAINT callbacks_key_check CHECK ((kind = 'on_unlock') = (key IS NOT NULL))
 );
 CREATE INDEX callbacks_due_idx ON redrive.callbacks (handler_id, next_attempt_at);
+
+-- Items that crashed the server.
+CREATE TABLE redrive.crashes (
+    batch_id bigint NOT NULL,
+    item_no bigint NOT NULL,
+    crash_count int NOT NULL,
+    first_crashed_at timestamptz NOT NULL,
+    last_crashed_at timestamptz NOT NULL,
+    CONSTRAINT crashes_pkey PRIMARY KEY (batch_id, item_no)
+);
 
 CREATE TABLE redrive.classification_rules (
     rule_id int GENERATED ALWAYS AS IDENTITY,

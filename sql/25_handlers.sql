@@ -157,6 +157,7 @@ BEGIN
     END IF;
     DELETE FROM redrive.callbacks WHERE handler_id = h.handler_id;
     DELETE FROM redrive.locks WHERE handler_id = h.handler_id;
+    DELETE FROM redrive.crashes x USING redrive.batches b WHERE b.handler_id = h.handler_id AND x.batch_id = b.batch_id;
     DELETE FROM redrive.failure_log l USING redrive.batches b WHERE b.handler_id = h.handler_id AND l.part = b.part AND l.batch_id = b.batch_id;
     DELETE FROM redrive.failures f USING redrive.batches b WHERE b.handler_id = h.handler_id AND f.part = b.part AND f.batch_id = b.batch_id;
     DELETE FROM redrive.item_blocks i USING redrive.batches b WHERE b.handler_id = h.handler_id AND i.part = b.part AND i.batch_id = b.batch_id;

@@ -96,7 +96,8 @@ $$;
 
 -- Give a claim back.  The chunk of a paused or live batch becomes orphaned, to
 -- be taken by the next worker; what is left of a cancelled batch's chunk is
--- counted as cancelled.  p_lost: the worker is gone (counted as a rescue).
+-- counted as cancelled.  p_lost: the worker is gone (counted as a rescue, and
+-- against the chunk unless it is known that the chunk is not to blame).
 CREATE FUNCTION redrive._give_back(p_chunk_id bigint, p_lease_token bigint, p_lost boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -104,6 +105,7 @@ DECLARE
     b redrive.batches;
     v_left bigint;
     v_owner oid;
+    v_excused boolean;
 BEGIN
     -- batch first, then chunk: the order every statement here keeps
     SELECT s.* INTO b FROM redrive.batches AS s JOIN redrive.chunks AS r ON r.batch_id = s.batch_id
@@ -128,12 +130,16 @@ BEGIN
         UPDATE redrive.batches
         SET items_per_second = greatest(c.done - c.claim_done, 0.1) / greatest(extract(epoch FROM clock_timestamp() - c.claimed_at), 0.001)
         WHERE batch_id = c.batch_id AND NOT p_lost;
+        -- another process crashed, or an item that has been counted
+        v_excused := p_lost AND EXISTS (
+            SELECT FROM redrive._crumbs() AS k
+            WHERE k.chunk_id = p_chunk_id AND k.lease_token = p_lease_token AND k.kind IN ('item', 'unlock', 'innocent'));
         UPDATE redrive.chunks
         SET state = 'orphaned', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL,
-            rescue_count = rescue_count + p_lost::int
+            rescue_count = rescue_count + p_lost::int, excused = excused + v_excused::int
         WHERE chunk_id = p_chunk_id;
-        IF p_lost AND c.rescue_count + 1 >= 10 THEN
-            PERFORM redrive._pause(b, format('chunk %s lost its worker %s times', c.chunk_id, c.rescue_count + 1));
+        IF p_lost AND NOT v_excused AND c.rescue_count + 1 - c.excused >= 10 THEN
+            PERFORM redrive._pause(b, format('chunk %s lost its worker %s times', c.chunk_id, c.rescue_count + 1 - c.excused));
         END IF;
     END IF;
     PERFORM redrive._wake(v_owner);

@@ -176,7 +176,8 @@ $$;
 COMMENT ON FUNCTION redrive.stale_batches_at IS
 'The list redrive.stale_batches as it is, or will be if nothing moves, at another time: batches that are stuck, why, since when, and what the next pass does about it.';
 
--- Give back the chunks whose worker is gone.  Called by the supervisor and by
+-- Count the items that crashed the server, then give back the chunks whose
+-- worker is gone.  Called by the supervisor and by
 -- the pass rescue_stale; returns how many.  A chunk that fails or whose batch
 -- is locked is left for the next call.
 CREATE FUNCTION redrive._orphan_lost() RETURNS bigint
@@ -185,6 +186,7 @@ DECLARE
     v_chunks bigint[];
     v_tokens bigint[];
 BEGIN
+    PERFORM redrive._blame();
     PERFORM pg_stat_clear_snapshot();
     SELECT array_agg(c.chunk_id ORDER BY c.chunk_id), array_agg(c.lease_token ORDER BY c.chunk_id) INTO v_chunks, v_tokens
     FROM redrive._running_chunks AS c
@@ -498,8 +500,8 @@ LANGUAGE sql STABLE AS $$
     FROM unnest(ARRAY['item_blocks', 'failures', 'failure_log']) AS t
 $$;
 
--- Delete up to p_limit ended batches of an old part, with their chunks and
--- whatever is left of their locks and callbacks.  Rows in use are left.
+-- Delete up to p_limit ended batches of an old part, with their chunks, crashes
+-- and whatever is left of their locks and callbacks.  Rows in use are left.
 CREATE FUNCTION redrive._purge_batches(p_part int, p_before timestamptz, p_limit bigint) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -519,6 +521,7 @@ BEGIN
         RETURN 0;
     END IF;
     DELETE FROM redrive.callbacks AS k USING unnest(v_batch_ids) AS i WHERE k.batch_id = i;
+    DELETE FROM redrive.crashes AS x USING unnest(v_batch_ids) AS i WHERE x.batch_id = i;
     DELETE FROM redrive.locks AS l USING unnest(v_batch_ids) AS i WHERE l.batch_id = i;
     DELETE FROM redrive.chunks AS c USING unnest(v_batch_ids) AS i WHERE c.batch_id = i;
     DELETE FROM redrive.batches AS b USING unnest(v_batch_ids) AS i WHERE b.batch_id = i;

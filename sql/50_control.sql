@@ -160,6 +160,8 @@ BEGIN
         END IF;
     END IF;
 
+    -- those that crashed the server have a fresh chance
+    DELETE FROM redrive.crashes WHERE batch_id = p_batch_id AND item_no = ANY (v_item_nos);
     UPDATE redrive.batches
     SET state = 'running', run_no = run_no + 1, failed = failed - v_count, failures_accepted = 0,
         finished_at = NULL, attempted_at = NULL, last_progress_at = v_now
@@ -178,7 +180,7 @@ $$;
 CREATE FUNCTION redrive.redrive(batch_id bigint, fingerprint text DEFAULT NULL, error_class text DEFAULT NULL, item_nos bigint[] DEFAULT NULL) RETURNS int
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.redrive IS
-'Run the failed items of a batch again, all of them or those of one fingerprint, error class or list of items, with a fresh retry budget; return the number of the new run. Their keys are locked again. Errors: 42704 unknown batch, 42501 not yours, 55000 nothing to redrive, 55P03 key held by another batch.';
+'Run the failed items of a batch again, all of them or those of one fingerprint, error class or list of items, with a fresh retry budget, and two chances more if they crashed the server; return the number of the new run. Their keys are locked again. Errors: 42704 unknown batch, 42501 not yours, 55000 nothing to redrive, 55P03 key held by another batch.';
 
 CREATE PROCEDURE redrive.wait(batch_id bigint, timeout interval DEFAULT NULL, INOUT state redrive.batch_state DEFAULT NULL)
 LANGUAGE c AS 'MODULE_PATHNAME', 'redrive_wait';

@@ -96,6 +96,8 @@ COMMENT ON COLUMN redrive.chunks.lease_token IS 'Proof of the claim; changes whe
 COMMENT ON COLUMN redrive.chunks.worker_pid IS 'Process that has the claim';
 COMMENT ON COLUMN redrive.chunks.worker_started_at IS 'When that process started: pids are used again';
 COMMENT ON COLUMN redrive.chunks.rescue_count IS 'How often its worker was lost';
+COMMENT ON COLUMN redrive.chunks.excused IS 'How many of these losses are explained: an item that is counted in crashes, or another process, crashed the server';
+COMMENT ON COLUMN redrive.chunks.suspect_to IS 'Items up to this number run one by one: an unexplained crash may have been of one of them';
 COMMENT ON COLUMN redrive.chunks.claim_done IS 'done when it was claimed last';
 COMMENT ON COLUMN redrive.chunks.claimed_at IS 'When the worker got it';
 COMMENT ON COLUMN redrive.chunks.progress_at IS 'Last commit of its worker';
@@ -165,7 +167,16 @@ COMMENT ON COLUMN redrive.callbacks.run_no IS 'Run of the batch';
 COMMENT ON COLUMN redrive.callbacks.failures IS 'How often the call failed';
 COMMENT ON COLUMN redrive.callbacks.next_attempt_at IS 'When it is due';
 COMMENT ON COLUMN redrive.callbacks.message IS 'Error of the last try';
+COMMENT ON COLUMN redrive.callbacks.crash_count IS 'How often it crashed the server; at two it is not run again';
+COMMENT ON COLUMN redrive.callbacks.last_crashed_at IS 'Start of the server after the last of these crashes';
 COMMENT ON COLUMN redrive.callbacks.created_at IS 'When it became necessary';
+
+COMMENT ON TABLE redrive.crashes IS 'Items that crashed the server. Read them through redrive.crashed_items';
+COMMENT ON COLUMN redrive.crashes.batch_id IS 'Batch of the item';
+COMMENT ON COLUMN redrive.crashes.item_no IS 'Number of the item in its batch';
+COMMENT ON COLUMN redrive.crashes.crash_count IS 'How often; at two it is not run again';
+COMMENT ON COLUMN redrive.crashes.first_crashed_at IS 'Start of the server after the first of these crashes';
+COMMENT ON COLUMN redrive.crashes.last_crashed_at IS 'Start of the server after the last of these crashes';
 
 COMMENT ON TABLE redrive.classification_rules IS 'What is done about an error. Add rules of your own with INSERT; see classify() for which one decides';
 COMMENT ON COLUMN redrive.classification_rules.rule_id IS 'Number of the rule';
@@ -245,6 +256,14 @@ COMMENT ON COLUMN redrive.failed_items.next_attempt_at IS 'When it is due; NULL 
 COMMENT ON COLUMN redrive.failed_items.handler IS 'Name of the handler';
 COMMENT ON COLUMN redrive.failed_items.attempts IS 'Attempts made, those that cost no retry included';
 COMMENT ON COLUMN redrive.failed_items.run_no IS 'Run of the batch in which it failed last';
+
+COMMENT ON VIEW redrive.crashed_items IS 'Items whose server process died while it executed them; at a crash_count of two they are failed, reason quarantined';
+COMMENT ON COLUMN redrive.crashed_items.batch_id IS 'Number of the batch';
+COMMENT ON COLUMN redrive.crashed_items.item_no IS 'Number of the item in its batch';
+COMMENT ON COLUMN redrive.crashed_items.handler IS 'Name of the handler';
+COMMENT ON COLUMN redrive.crashed_items.crash_count IS 'How often it crashed the server since it was submitted or redriven';
+COMMENT ON COLUMN redrive.crashed_items.first_crashed_at IS 'Start of the server after the first of these crashes';
+COMMENT ON COLUMN redrive.crashed_items.last_crashed_at IS 'Start of the server after the last of these crashes';
 
 COMMENT ON VIEW redrive.failure_attempts IS 'Every failed attempt of every item, also of those that succeeded later';
 COMMENT ON COLUMN redrive.failure_attempts.batch_id IS 'Number of the batch';
@@ -359,6 +378,8 @@ COMMENT ON FUNCTION redrive._candidates IS 'Best candidate of each handler and k
 COMMENT ON FUNCTION redrive._check_cron IS 'Raise an error when pg_cron cannot be used from this database';
 COMMENT ON FUNCTION redrive._check_member IS 'Raise an error unless a role has the rights of an owner';
 COMMENT ON FUNCTION redrive._chunk_size IS 'How many items a chunk gets';
+COMMENT ON FUNCTION redrive._crumbs IS 'What was executed in this database when the server crashed, until it is recorded';
+COMMENT ON FUNCTION redrive._blame IS 'Count the items and callbacks that crashed the server';
 COMMENT ON FUNCTION redrive._claim IS 'Take one chunk for a worker';
 COMMENT ON FUNCTION redrive._carve IS 'Carve the next range of items off a locked batch, as a chunk';
 COMMENT ON FUNCTION redrive._classify IS 'Rule that decides about an error';

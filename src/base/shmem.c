@@ -16,6 +16,7 @@
 #include "storage/shmem.h"
 #include "utils/timestamp.h"
 
+#include "base/crumbs.h"
 #include "base/guc.h"
 #include "base/shmem.h"
 
@@ -57,6 +58,7 @@ startup_shmem(void)
 		memset(redrive_shared, 0, shared_size());
 		redrive_shared->lock = &(GetNamedLWLockTranche("pg_redrive"))->lock;
 		ConditionVariableInit(&redrive_shared->batch_ended);
+		redrive_judge_crumbs();
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
@@ -74,6 +76,7 @@ redrive_install_shmem_hooks(void)
 static void
 release(RedriveSlot *slot)
 {
+	redrive_detach_crumb(slot - redrive_shared->slots);
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 	slot->state = SLOT_FREE;
 	slot->pid = 0;
@@ -138,6 +141,7 @@ redrive_slot_attach(RedriveSlot *slot)
 	slot->state = SLOT_CLAIMING;
 	LWLockRelease(redrive_shared->lock);
 	own_slot = slot;
+	redrive_attach_crumb(slot - redrive_shared->slots, slot->database);
 	if (!registered)
 		before_shmem_exit(free_at_exit, (Datum) 0);
 	registered = true;

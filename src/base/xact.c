@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "access/xlog.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
@@ -123,6 +124,26 @@ redrive_commit(void)
 	SetCurrentStatementStartTimestamp();
 	SPI_commit();
 	pgstat_report_stat(false);
+}
+
+/*
+ * Commit and wait for the disk, whatever synchronous_commit is: for what must be
+ * known after a crash.
+ */
+void
+redrive_commit_durably(void)
+{
+	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
+		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+	redrive_commit();
+}
+
+/* Make sure that all that was committed so far, by whomever, outlives a crash. */
+void
+redrive_make_durable(void)
+{
+	XLogFlush(GetXLogInsertRecPtr());
 }
 
 /*

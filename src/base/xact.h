@@ -20,6 +20,8 @@ extern void redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what)
 extern void redrive_connect_nonatomic(void);
 extern void redrive_reconnect(void);
 extern void redrive_commit(void);
+extern void redrive_commit_durably(void);
+extern void redrive_make_durable(void);
 extern void redrive_commit_lazily(void);
 extern void redrive_rollback(void);
 

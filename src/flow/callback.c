@@ -66,7 +66,8 @@ run_callback(Callback *callback)
 
 	values[0] = Int64GetDatum(callback->callback_id);
 	if (callback->function == NULL ||
-		redrive_run_callbacks(callback->function, callback->on_finish, callback->timeout_us, 1, callback->args, &error))
+		redrive_run_callbacks(callback->function, callback->on_finish, callback->timeout_us, 1, callback->args,
+							  CRUMB_CALLBACK, &callback->callback_id, &error))
 	{
 		(void) redrive_sql(&delete_callback, values, NULL);
 		return;
@@ -120,6 +121,12 @@ redrive_run_due_callbacks(RedriveSlot *slot, Oid owner)
 			callback->args[0] = PointerGetDatum(DatumGetTextPCopy(key));
 		}
 	}
+
+	/*
+	 * if one crashes the server its row must be there to say so: a fold is
+	 * lazy
+	 */
+	redrive_make_durable();
 	for (uint64 row = 0; row < rows; row++)
 		run_callback(&callbacks[row]);
 	redrive_commit();

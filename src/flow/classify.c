@@ -231,6 +231,35 @@ redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
 }
 
 /*
+ * Make the failure of an item that crashed the server too often to be run again.
+ *
+ * The result is in CurrentMemoryContext.
+ */
+RedriveFailure *
+redrive_quarantine(RedriveItem *item)
+{
+	RedriveFailure *failure = palloc0(sizeof(RedriveFailure));
+	ErrorData  *error = palloc0(sizeof(ErrorData));
+
+	error->sqlerrcode = ERRCODE_CRASH_SHUTDOWN;
+	error->message = psprintf("the item crashed the server %d times", item->crash_count);
+	error->detail = pstrdup("The server process that executed it died.");
+	error->hint = pstrdup("The server log says of what. When that is mended, run the item again with redrive.redrive().");
+	failure->item = item;
+	failure->error = error;
+	failure->action = ACTION_FAIL;
+	failure->error_class = "crash";
+	failure->state = "failed";
+	failure->reason = "quarantined";
+	failure->attempts = item->attempts + 1;
+	failure->free_count = item->free_count;
+	failure->retry_count = Max(failure->attempts - failure->free_count - 1, 0);
+	failure->failed_at = GetCurrentTimestamp();
+	failure->fingerprint = fingerprint(error);
+	return failure;
+}
+
+/*
  * Add the hits of this chunk to the rules: in the small transaction that ends
  * the chunk, so that workers do not wait for each other's commit intervals.
  */

@@ -21,6 +21,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/crumbs.h"
 #include "base/guc.h"
 #include "base/wake.h"
 #include "base/xact.h"
@@ -32,6 +33,7 @@
 #include "flow/fetch.h"
 #include "flow/record.h"
 #include "flow/segment.h"
+#include "flow/suspect.h"
 
 #define MAX_SEGMENT 250
 #define MAX_INTERVAL_ITEMS 2000
@@ -141,6 +143,23 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 		interval->end = resume + 1;
 }
 
+/* Settle the next item, unless it may be run once more. */
+static bool
+quarantine(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot)
+{
+	RedriveItem *item = &chunk->page[interval->end];
+	MemoryContext old_cxt;
+
+	if (item->crash_count < MAX_CRASHES)
+		return false;
+	old_cxt = MemoryContextSwitchTo(interval->cxt);
+	item->failure = redrive_quarantine(item);
+	MemoryContextSwitchTo(old_cxt);
+	slot->open_failed++;
+	interval->end++;
+	return true;
+}
+
 /* Run one commit interval of the page; nothing is recorded yet. */
 static void
 run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot)
@@ -149,8 +168,19 @@ run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, 
 	{
 		int			length = interval->end < chunk->alone_to || chunk->handler.one_by_one ? 1 :
 		segment_length(chunk->failure_rate);
+		int			suspect = redrive_next_suspect(chunk, interval->end);
 
-		run_range(call, chunk, interval, slot, Min(interval->end + length, chunk->page_items));
+		if (suspect == interval->end)
+		{
+			if (quarantine(chunk, interval, slot))
+				continue;
+			if (interval->end > interval->first)
+				break;			/* commit what was before it */
+			interval->stop = true;
+			length = 1;
+			suspect++;
+		}
+		run_range(call, chunk, interval, slot, Min(interval->end + length, suspect));
 		if (redrive_commit_after_segment())
 			interval->stop = true;
 	}
@@ -294,6 +324,9 @@ show_chunk(RedriveSlot *slot, RedriveChunk *chunk)
 	slot->handler_id = chunk->handler.handler_id;
 	slot->batch_id = chunk->batch_id;
 	slot->chunk_id = chunk->chunk_id;
+	redrive_crumb->batch_id = chunk->batch_id;
+	redrive_crumb->lease_token = chunk->lease_token;
+	redrive_crumb->chunk_id = chunk->chunk_id;
 	slot->claimed_at = chunk->claimed_at;
 	slot->items_per_second = 0;
 	slot->open_succeeded = slot->open_failed = 0;
@@ -312,6 +345,7 @@ show_nothing(RedriveSlot *slot)
 	slot->state = SLOT_CLAIMING;
 	slot->handler_id = 0;
 	slot->batch_id = slot->chunk_id = 0;
+	redrive_crumb->chunk_id = 0;
 	slot->item_no = 0;
 	slot->open_succeeded = slot->open_failed = 0;
 }

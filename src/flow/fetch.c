@@ -21,6 +21,7 @@
 
 #include "base/spi_call.h"
 #include "flow/fetch.h"
+#include "flow/suspect.h"
 
 /* A page has so many blocks, or one that is larger than this. */
 #define PAGE_BLOCKS 64
@@ -257,7 +258,9 @@ redrive_fetch_page(RedriveChunk *chunk)
 
 	found = chunk->page_items > 0 &&
 		(chunk->retry || chunk->page[chunk->page_items - 1].item_no - chunk->done_to == chunk->page_items);
-	if (!found)
+	if (found)
+		redrive_mark_suspects(chunk);
+	else
 		chunk->page_items = 0;
 	return found;
 }

@@ -23,6 +23,7 @@
 #include "flow/handler.h"
 #include "flow/record.h"
 #include "flow/segment.h"
+#include "flow/suspect.h"
 
 /* The columns of redrive.failures, in the table's order. */
 enum
@@ -41,9 +42,9 @@ static RedriveSql release_locks = {
 };
 
 static RedriveSql later_unlocks = {
-	"INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, message, next_attempt_at)"
-	" SELECT $1, $3, 'on_unlock', k, $4, $5, clock_timestamp() FROM unnest($2) AS k",
-	5, {INT4OID, TEXTARRAYOID, INT8OID, INT4OID, TEXTOID}
+	"INSERT INTO redrive.callbacks (handler_id, batch_id, kind, key, run_no, message, crash_count, next_attempt_at)"
+	" SELECT $1, $3, 'on_unlock', k, $4, $5, $6, clock_timestamp() FROM unnest($2) AS k",
+	6, {INT4OID, TEXTARRAYOID, INT8OID, INT4OID, TEXTOID, INT4OID}
 };
 
 /* Only when something changes, so that intervals rarely touch the batch. */
@@ -128,27 +129,63 @@ store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
 }
 
 /*
- * Unlock the keys of items that are final, and tell the application: now, in
- * this transaction, or if that fails by a row in callbacks.
+ * Leave on_unlock for these keys to rows in callbacks.  crash_count is how often
+ * it may have crashed the server already.
  */
 static void
-unlock(RedriveChunk *chunk, int n, Datum *keys)
+unlock_later(RedriveChunk *chunk, int n, Datum *keys, const char *message, int32 crash_count)
 {
-	Datum		values[5];
+	Datum		values[6];
+
+	values[0] = Int32GetDatum(chunk->handler.handler_id);
+	values[1] = PointerGetDatum(construct_array(keys, n, TEXTOID, -1, false, TYPALIGN_INT));
+	values[2] = Int64GetDatum(chunk->batch_id);
+	values[3] = Int32GetDatum(chunk->run_no);
+	values[4] = CStringGetTextDatum(message ? message : "");
+	values[5] = Int32GetDatum(crash_count);
+	(void) redrive_sql(&later_unlocks, values, NULL);
+	redrive_wake_at_commit(GetUserId(), 0);
+}
+
+/*
+ * Unlock the keys of items that are final, and tell the application: now, in
+ * this transaction, or if that fails by a row in callbacks.  An item that crashed
+ * the server may have done so in on_unlock, which is not tried again in here.
+ */
+static void
+unlock(RedriveChunk *chunk, int n, RedriveItem **items)
+{
+	Datum	   *keys = palloc(n * sizeof(Datum));
+	int64	   *item_nos = palloc(n * sizeof(int64));
+	int			n_now = 0;
+	Datum		values[3];
 	ErrorData  *error = NULL;
 
+	for (int i = 0; i < n; i++)
+		keys[i] = PointerGetDatum(items[i]->key);
 	values[0] = Int32GetDatum(chunk->handler.handler_id);
 	values[1] = PointerGetDatum(construct_array(keys, n, TEXTOID, -1, false, TYPALIGN_INT));
 	values[2] = Int64GetDatum(chunk->batch_id);
 	(void) redrive_sql(&release_locks, values, NULL);
 	if (chunk->handler.on_unlock == NULL)
 		return;
-	if (redrive_run_callbacks(chunk->handler.on_unlock, false, chunk->handler.item_timeout, n, keys, &error))
-		return;
-	values[3] = Int32GetDatum(chunk->run_no);
-	values[4] = CStringGetTextDatum(error->message ? error->message : "");
-	(void) redrive_sql(&later_unlocks, values, NULL);
-	redrive_wake_at_commit(GetUserId(), 0);
+	for (int i = 0; i < n; i++)
+	{
+		int32		crash_count = items[i]->crash_count;
+
+		if (crash_count > 0)
+		{
+			/* in quarantine it was the item itself */
+			unlock_later(chunk, 1, &keys[i], NULL, crash_count < MAX_CRASHES ? crash_count : 0);
+			continue;
+		}
+		keys[n_now] = keys[i];
+		item_nos[n_now++] = items[i]->item_no;
+	}
+	if (n_now > 0 &&
+		!redrive_run_callbacks(chunk->handler.on_unlock, false, chunk->handler.item_timeout, n_now, keys,
+							   CRUMB_UNLOCK, item_nos, &error))
+		unlock_later(chunk, n_now, keys, error->message, 0);
 }
 
 /*
@@ -163,7 +200,7 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 {
 	const int	n = interval->end - interval->first;
 	RedriveFailure **failures = palloc(Max(n, 1) * sizeof(RedriveFailure *));
-	Datum	   *keys = palloc(Max(n, 1) * sizeof(Datum));
+	RedriveItem **keyed = palloc(Max(n, 1) * sizeof(RedriveItem *));
 	int			n_failures = 0,
 				n_keys = 0;
 	int64		ignored = 0,
@@ -183,7 +220,7 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 		if (f != NULL)
 			failures[n_failures++] = f;
 		if (final && item->key != NULL)
-			keys[n_keys++] = PointerGetDatum(item->key);
+			keyed[n_keys++] = item;
 		if (f == NULL)
 			continue;
 		if (!final)
@@ -205,7 +242,7 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 	if (n_failures > 0)
 		store_failures(chunk, n_failures, failures);
 	if (n_keys > 0)
-		unlock(chunk, n_keys, keys);
+		unlock(chunk, n_keys, keyed);
 	if (waiting > 0)
 	{
 		values[0] = Int64GetDatum(chunk->batch_id);

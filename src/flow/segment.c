@@ -30,6 +30,7 @@
 #include "utils/typcache.h"
 
 #include "base/compat.h"
+#include "base/crumbs.h"
 #include "flow/deferred.h"
 #include "flow/handler.h"
 #include "flow/segment.h"
@@ -238,6 +239,7 @@ run_item(RedriveCall *call, RedriveItem *item)
 	MemoryContextSwitchTo(call->item_cxt);
 	call->slot->item_started_at = GetCurrentTimestamp();
 	call->slot->item_no = item->item_no;
+	redrive_crumb->id = item->item_no;
 	set_arguments(call, item);
 	item_timed_out = false;
 	if (timeout_us > 0)
@@ -291,6 +293,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 
 	result->error = NULL;
 	result->failed = -1;
+	redrive_crumb->id = 0;
+	redrive_crumb->kind = CRUMB_ITEM;
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -314,6 +318,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		MemoryContextSwitchTo(call->item_cxt);
 		current = to;			/* an error from here on is nobody's in
 								 * particular */
+		if (good > 1)
+			redrive_crumb->kind = CRUMB_SEGMENT;
 		redrive_fire_deferred();
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
@@ -321,6 +327,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	}
 	PG_CATCH();
 	{
+		redrive_crumb->kind = CRUMB_NONE;
 		disable_timeout(item_timeout, false);
 		MemoryContextSwitchTo(interval->cxt);
 		result->error = CopyErrorData();
@@ -344,6 +351,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 			result->failed = current;
 	}
 	PG_END_TRY();
+	redrive_crumb->kind = CRUMB_NONE;
 	call->slot->item_no = 0;
 }
 
@@ -351,12 +359,12 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
  * Call an on_unlock(key) or on_finish(batch_id, run_no) function n times, args
  * by args, in one subtransaction, as the session's role.
  *
- * Returns false, with everything rolled back and the error in
+ * kind and ids are what the crumb shall say.  Returns false, with everything rolled back and the error in
  * CurrentMemoryContext, when any call fails.
  */
 bool
 redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
-					  int n, Datum *args, ErrorData **error)
+					  int n, Datum *args, CrumbKind kind, int64 *ids, ErrorData **error)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	ResourceOwner old_owner = CurrentResourceOwner;
@@ -391,6 +399,8 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 				fcinfo->args[1].value = args[2 * i + 1];
 				fcinfo->args[1].isnull = false;
 			}
+			redrive_crumb->id = ids[i];
+			redrive_crumb->kind = kind;
 			item_timed_out = false;
 			enable_timeout_after(item_timeout, (int) ((timeout_us > 0 ? timeout_us : CALLBACK_TIMEOUT_US) / 1000));
 			PushActiveSnapshot(GetTransactionSnapshot());
@@ -402,6 +412,8 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 			CHECK_FOR_INTERRUPTS();
 			CommandCounterIncrement();
 		}
+		if (n > 1)
+			redrive_crumb->kind = CRUMB_SEGMENT;
 		redrive_fire_deferred();
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
@@ -409,6 +421,7 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 	}
 	PG_CATCH();
 	{
+		redrive_crumb->kind = CRUMB_NONE;
 		disable_timeout(item_timeout, false);
 		if (item_timed_out)
 			QueryCancelPending = false;
@@ -423,5 +436,6 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 		ok = false;
 	}
 	PG_END_TRY();
+	redrive_crumb->kind = CRUMB_NONE;
 	return ok;
 }

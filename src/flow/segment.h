@@ -8,6 +8,7 @@
 #ifndef REDRIVE_SEGMENT_H
 #define REDRIVE_SEGMENT_H
 
+#include "base/crumbs.h"
 #include "flow/batch.h"
 
 /* What a segment did. */
@@ -38,7 +39,7 @@ extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
 extern bool redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
-								  int n, Datum *args, ErrorData **error);
+								  int n, Datum *args, CrumbKind kind, int64 *ids, ErrorData **error);
 
 extern int	redrive_live_subxacts(void);
 extern void redrive_arm_stop(void);
