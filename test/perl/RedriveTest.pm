@@ -122,16 +122,22 @@ sub kill_and_wait
 	return $pid;
 }
 
-# Kill -9 the postmaster and wait until it and its children are gone, so that
-# the node can be started again.
+# Kill -9 the postmaster, with all its children if wanted (everything => 1), and
+# wait until it and its children are gone, so that the node can be started again.
 sub kill_postmaster
 {
-	my ($node) = @_;
+	my ($node, %opt) = @_;
 	my $pidfile = $node->data_dir . '/postmaster.pid';
 	my ($postmaster) = split /\n/, slurp_file($pidfile);
 	my ($children, $err) = query($node,
 		"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE pid <> pg_backend_pid()");
 
+	# stopped, it does not see them die
+	if ($opt{everything})
+	{
+		kill('STOP', $postmaster);
+		kill('KILL', split(/ /, $children));
+	}
 	$node->kill9;
 	foreach my $pid ($postmaster, split(/ /, $children // ''))
 	{

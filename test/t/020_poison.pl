@@ -5,7 +5,8 @@
 # Seen red: without the stamp in stamp_and_quit of src/base/crumbs.c the innocent
 # item of the other batch is blamed, and so is the item that an immediate shutdown
 # interrupts; without note_end there the item is not found when
-# restart_after_crash is off; without "excused" in _give_back of
+# restart_after_crash is off, and with "witnessed" always true it is blamed when
+# everything was killed; without "excused" in _give_back of
 # sql/33_record.sql the batch of six is paused; with redrive_next_suspect of
 # src/flow/suspect.c returning the end of the page, each item crashes the server
 # until its batch is paused; without "suspect_to" in _blame of sql/32_crash.sql
@@ -163,14 +164,15 @@ restarts_are('two batches', 2, sub {
 	outcome_is('innocent', 50);
 });
 
-# --- an immediate shutdown, and a postmaster that is killed, blame nobody
+# --- an immediate shutdown, a postmaster that is killed, and one that is killed with
+# all its children, blame nobody
 set_gate($node, 'shutdown', 0);
 submit('shutdown', 50, '{"25": {"wait": "shutdown"}}');
-foreach my $how ('immediate shutdown', 'kill of the postmaster')
+foreach my $how ('immediate shutdown', 'kill of the postmaster', 'kill of everything')
 {
 	ok(poll_until($node, 'SELECT count(*) FROM redrive.workers WHERE item_no = 25', '1'), "$how: an executor is in the item");
 	if ($how eq 'immediate shutdown') { $node->stop('immediate'); }
-	else { kill_postmaster($node); }
+	else { kill_postmaster($node, everything => $how eq 'kill of everything'); }
 	$node->start;
 	ok(poll_until($node, 'SELECT count(*) FROM redrive.workers WHERE item_no = 25', '1'), "$how: it runs again");
 	is(crashes('shutdown'), '', "$how: nobody is blamed");
@@ -188,6 +190,22 @@ foreach my $case ([ 'missing', "rm $file" ], [ 'torn', "echo torn > $file" ], [ 
 		outcome_is($label, 50, 25);
 	});
 }
+
+# --- in a session instead of an executor
+$node->append_conf('postgresql.conf', 'redrive.max_workers = 0');
+$node->reload;
+restarts_are('session', 2, sub {
+	submit('session', 50, qq({"25": {"shell": "$segv"}}));
+	foreach my $crash (1, 2)
+	{
+		ok(!defined((query($node, 'CALL redrive.work()'))[0]), "the session is lost, $crash");
+		ok(poll_until($node, "SELECT count(*) FROM redrive.chunks WHERE state = 'running'", '0'), 'its chunk is rescued');
+	}
+	$node->safe_psql('postgres', 'CALL redrive.work()');
+	outcome_is('session', 50, 25);
+});
+$node->append_conf('postgresql.conf', 'redrive.max_workers = 2');
+$node->reload;
 
 # --- the crash comes after the items, in a deferred trigger
 $node->safe_psql(
@@ -270,6 +288,20 @@ foreach my $crash (1, 2)
 $node->append_conf('postgresql.conf', 'redrive.max_workers = 2');
 $node->reload;
 outcome_is('manual', 50, 25);
+
+# --- without preload nobody can tell, and nobody tries again by himself
+$node->append_conf('postgresql.conf', "restart_after_crash = on\nshared_preload_libraries = ''");
+$node->restart;
+restarts_are('not preloaded', 1, sub {
+	submit('not preloaded', 50, qq({"25": {"shell": "$segv"}}));
+	ok(!defined((query($node, 'CALL redrive.work()'))[0]), 'the session is lost');
+	ok(poll_until($node, q{SELECT count(*) FROM redrive.stale_batches WHERE reason = 'orphaned'}, '1'), 'its chunk waits for the next call');
+	is(crashes('not preloaded'), '', 'nobody is blamed');
+	$node->safe_psql('postgres', q{SELECT redrive.cancel_batch(batch_id) FROM redrive.batch_progress WHERE label = 'not preloaded'});
+	$node->safe_psql('postgres', 'CALL redrive.work()');
+	is($node->safe_psql('postgres', "SELECT state, succeeded + cancelled, failed FROM redrive.batch_progress WHERE label = 'not preloaded'"), 'cancelled|50|0', 'it can be cancelled');
+	verified_ok($node, 'not preloaded');
+});
 
 $node->stop;
 done_testing();
