@@ -192,13 +192,15 @@ SELECT batch_id, handler_id, part, 1, 'first', 'running', 1, 1, 0, 1, 1, pg_back
 SELECT fails($$SELECT redrive.drop_handler('item')$$);
 DELETE FROM redrive.chunks WHERE state = 'running';
 INSERT INTO redrive.classification_rules (handler, sqlstate_pattern, error_class, action) VALUES ('item', 'P0001', 'mine', 'fail');
+INSERT INTO redrive.crashes SELECT batch_id, 1, 1, now(), now() FROM redrive.batches WHERE label = 'live';
 SELECT redrive.drop_handler('item');
 -- Its batches, items and rules went with it; nobody else's did.
 SELECT count(*) FROM redrive.classification_rules WHERE error_class = 'mine';
 SELECT label FROM progress;
 SELECT (SELECT count(*) FROM redrive.item_blocks AS i WHERE NOT EXISTS (SELECT FROM redrive.batches AS b WHERE b.batch_id = i.batch_id)) AS item_blocks,
     (SELECT count(*) FROM redrive.chunks AS c WHERE NOT EXISTS (SELECT FROM redrive.batches AS b WHERE b.batch_id = c.batch_id)) AS chunks,
-    (SELECT count(*) FROM redrive.locks AS l WHERE NOT EXISTS (SELECT FROM redrive.batches AS b WHERE b.batch_id = l.batch_id)) AS locks;
+    (SELECT count(*) FROM redrive.locks AS l WHERE NOT EXISTS (SELECT FROM redrive.batches AS b WHERE b.batch_id = l.batch_id)) AS locks,
+    (SELECT count(*) FROM redrive.crashes) AS crashes;
 -- The name is free again.
 SELECT redrive.create_handler('item', 'f_item');
 SELECT * FROM broken;

@@ -282,6 +282,7 @@ SELECT pass, as_of = :t AS given, acted, more, detail FROM redrive.pass_history 
 DELETE FROM redrive.pass_log;
 SELECT redrive.cancel_batch(batch_id) FROM redrive.batches WHERE state NOT IN ('finished', 'cancelled') \g /dev/null
 UPDATE redrive.batches SET finished_at = :t;
+INSERT INTO redrive.crashes SELECT batch_id, 1, 1, :t, :t FROM redrive.batches;
 UPDATE redrive.rotation SET rotated_at = :t;
 SELECT redrive.set_retention('60 days');
 SELECT count(*) > 10 AS batches, bool_and(part = 0) AS first_part FROM redrive.batches;
@@ -298,7 +299,7 @@ UPDATE redrive.rotation SET rotated_at = :t::timestamptz + interval '60 days';
 SELECT * FROM do_pass('purge', :t::timestamptz + interval '60 days 1 us');
 UPDATE redrive.batches SET state = 'finished', pause_reason = NULL, finished_at = :t WHERE label = 'idle';
 SELECT regexp_replace(detail, '\d+ batches', 'N batches') AS detail, acted > 10 AS acted, more FROM do_pass('purge', :t::timestamptz + interval '60 days 1 us');
-SELECT (SELECT count(*) FROM redrive.batches WHERE part = 0) AS batches, (SELECT count(*) FROM redrive.item_blocks_0) AS item_blocks, (SELECT count(*) FROM redrive.failures_0) AS failures, (SELECT count(*) FROM redrive.failure_log_0) AS log, (SELECT count(*) FROM redrive.chunks WHERE part = 0) AS chunks, (SELECT count(*) FROM redrive.callbacks) AS callbacks;
+SELECT (SELECT count(*) FROM redrive.batches WHERE part = 0) AS batches, (SELECT count(*) FROM redrive.item_blocks_0) AS item_blocks, (SELECT count(*) FROM redrive.failures_0) AS failures, (SELECT count(*) FROM redrive.failure_log_0) AS log, (SELECT count(*) FROM redrive.chunks WHERE part = 0) AS chunks, (SELECT count(*) FROM redrive.callbacks) AS callbacks, (SELECT count(*) FROM redrive.crashes) AS crashes;
 SELECT label FROM progress;
 SELECT * FROM do_pass('purge', :t::timestamptz + interval '60 days 1 us');
 SELECT * FROM broken;
