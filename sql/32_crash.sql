@@ -26,7 +26,8 @@ BEGIN
             WHEN k.kind IN ('item', 'unlock') THEN
                 INSERT INTO redrive.crashes AS x (batch_id, item_no, crash_count, first_crashed_at, last_crashed_at)
                 SELECT b.batch_id, k.id,
-                    1 + EXISTS (SELECT FROM redrive.chunks AS c WHERE c.chunk_id = k.chunk_id AND c.suspect_to >= k.id)::int,
+                    1 + (EXISTS (SELECT FROM redrive.chunks AS c WHERE c.chunk_id = k.chunk_id AND c.suspect_to >= k.id)
+                         OR EXISTS (SELECT FROM redrive.crashes AS y WHERE y.batch_id = k.batch_id AND y.item_no = 0))::int,
                     k.crashed_at, k.crashed_at
                 FROM redrive.batches AS b
                 WHERE b.batch_id = k.batch_id AND k.id BETWEEN 1 AND b.total
@@ -48,6 +49,12 @@ BEGIN
                 UPDATE redrive.chunks AS c
                 SET suspect_to = greatest(c.suspect_to, CASE c.kind WHEN 'first' THEN least(c.done_to + 2000, c.to_no) ELSE c.to_no END)
                 WHERE c.state = 'running' AND c.claimed_at < k.crashed_at;
+                -- the claim of a batch just sent may be lost too: any of its items
+                INSERT INTO redrive.crashes (batch_id, item_no, crash_count, first_crashed_at, last_crashed_at)
+                SELECT b.batch_id, 0, 0, k.crashed_at, k.crashed_at
+                FROM redrive.batches AS b
+                WHERE b.claimable AND b.claimed_to = 0 AND b.total <= 100 AND b.sealed_at > k.crashed_at - interval '1 min'
+                ON CONFLICT DO NOTHING;
         END CASE;
     END LOOP;
 END

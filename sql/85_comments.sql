@@ -173,7 +173,7 @@ COMMENT ON COLUMN redrive.callbacks.created_at IS 'When it became necessary';
 
 COMMENT ON TABLE redrive.crashes IS 'Items that crashed the server. Read them through redrive.crashed_items';
 COMMENT ON COLUMN redrive.crashes.batch_id IS 'Batch of the item';
-COMMENT ON COLUMN redrive.crashes.item_no IS 'Number of the item in its batch';
+COMMENT ON COLUMN redrive.crashes.item_no IS 'Number of the item in its batch; 0 = one of them may have, nobody knows which';
 COMMENT ON COLUMN redrive.crashes.crash_count IS 'How often; at two it is not run again';
 COMMENT ON COLUMN redrive.crashes.first_crashed_at IS 'Start of the server after the first of these crashes';
 COMMENT ON COLUMN redrive.crashes.last_crashed_at IS 'Start of the server after the last of these crashes';

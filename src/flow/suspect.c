@@ -18,7 +18,8 @@
 #include "flow/suspect.h"
 
 static RedriveSql find_suspects = {
-	"SELECT c.suspect_to, x.item_no, x.crash_count FROM redrive.chunks AS c"
+	"SELECT greatest(c.suspect_to, (SELECT c.to_no FROM redrive.crashes AS y WHERE y.batch_id = c.batch_id AND y.item_no = 0)) AS suspect_to,"
+	" x.item_no, x.crash_count FROM redrive.chunks AS c"
 	" LEFT JOIN redrive.crashes AS x ON x.batch_id = c.batch_id AND x.item_no BETWEEN $2 AND $3"
 	" WHERE c.chunk_id = $1 ORDER BY x.item_no",
 	3, {INT8OID, INT8OID, INT8OID}
