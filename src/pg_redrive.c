@@ -27,9 +27,9 @@ void
 _PG_init(void)
 {
 	redrive_define_settings(process_shared_preload_libraries_in_progress);
+	redrive_install_utility_hook();
 	if (!process_shared_preload_libraries_in_progress)
 		return;
 	redrive_install_shmem_hooks();
-	redrive_install_utility_hook();
 	redrive_register_launcher();
 }

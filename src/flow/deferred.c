@@ -111,6 +111,8 @@ redrive_fire_deferred(void)
 	int			save_context;
 
 	redrive_enter_user_code(&save);
+	GetUserIdAndSecContext(&save_user, &save_context);
+	SetUserIdAndSecContext(save_user, save_context | DEFERRED_CONTEXT);
 	AfterTriggerSetState(stmt);
 	redrive_leave_user_code(&save);
 

@@ -21,6 +21,14 @@ typedef struct SegmentResult
 	ErrorData  *error;			/* NULL = no item failed */
 } SegmentResult;
 
+/*
+ * Bits of the security context beside those of the server: that code of users
+ * runs, and that it is a deferred trigger.  Like those they are passed on to
+ * what is called, and go away with a (sub)transaction that is rolled back.
+ */
+#define USER_CODE_CONTEXT 0x4000
+#define DEFERRED_CONTEXT 0x8000
+
 /* Identity and settings around code of users. */
 typedef struct UserCode
 {
@@ -46,6 +54,7 @@ extern void redrive_arm_stop(void);
 extern void redrive_disarm_stop(void);
 extern void redrive_enter_user_code(UserCode *save);
 extern void redrive_leave_user_code(UserCode *save);
+extern void redrive_check_user_command(Node *command);
 extern void redrive_init_timeouts(bool in_worker);
 extern bool redrive_stop_requested(void);
 extern void redrive_request_stop(SIGNAL_ARGS);

@@ -29,6 +29,7 @@
 #include "base/guc.h"
 #include "base/shmem.h"
 #include "base/spi_call.h"
+#include "flow/segment.h"
 #include "proc/utility.h"
 
 /* How long the workers stay away, and how long we wait for them to go. */
@@ -142,6 +143,7 @@ process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 				ProcessUtilityContext context, ParamListInfo params,
 				QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
 {
+	redrive_check_user_command(pstmt->utilityStmt);
 	if (context == PROCESS_UTILITY_TOPLEVEL && redrive_shared != NULL)
 		make_room(pstmt->utilityStmt);
 	if (previous_utility_hook)
@@ -150,7 +152,7 @@ process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 		standard_ProcessUtility(pstmt, query, read_only_tree, context, params, env, dest, qc);
 }
 
-/* Install the hook; called while preloading. */
+/* Install the hook. */
 void
 redrive_install_utility_hook(void)
 {

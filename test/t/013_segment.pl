@@ -126,21 +126,23 @@ run_batch('late', 12);
 is(failures('late'), "5|ignored|validation|RD001\n10|ignored|validation|RD001", 'errors of deferred triggers are classified like others');
 is(effects('late'), '1 2 3 4 6 7 8 9 11 12', '... and the others are committed, each once');
 
-# --- an error that comes at commit and not before: the query of a holdable cursor
+# --- an error that comes at commit and not before: of temporary tables that are to be emptied there
 $node->safe_psql(
 	'postgres', q{
-CREATE FUNCTION holding(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION at_commit(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO effects (item, note) VALUES (payload::int, 'holding');
+    INSERT INTO effects (item, note) VALUES (payload::int, 'at commit');
     IF payload::int = 5 THEN
-        EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT 1 / (random() > 2)::int';
+        CREATE TEMP TABLE emptied (id int PRIMARY KEY) ON COMMIT DELETE ROWS;
+        CREATE TEMP TABLE kept (id int REFERENCES emptied);
     END IF;
 END $$;
-SELECT redrive.create_handler('holding', 'holding', commit_interval => '1 hour');
+SELECT redrive.create_handler('at commit', 'at_commit', commit_interval => '1 hour');
+INSERT INTO redrive.classification_rules (handler, sqlstate_pattern, error_class, action) VALUES ('at commit', '0A000', 'at_commit', 'fail');
 });
-run_batch('holding', 12);
-is(failures('holding'), '5|failed|data|22012', 'an error at commit is that of the guilty item');
-is(effects('holding'), '1 2 3 4 6 7 8 9 10 11 12', '... and the others are committed, each once');
+run_batch('at commit', 12);
+is(failures('at commit'), '5|failed|at_commit|0A000', 'an error at commit is that of the guilty item');
+is(effects('at commit'), '1 2 3 4 6 7 8 9 10 11 12', '... and the others are committed, each once');
 
 # --- code that tries to change who and what we are
 # Each item notes what it finds, then does its mischief; every third one raises
