@@ -48,7 +48,7 @@ $$;
 -- over or removed rather than doubled.
 CREATE FUNCTION redrive.schedule_passes(schedule text DEFAULT '* * * * *')
 RETURNS SETOF redrive.scheduled_pass
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     j record;
     v_ids bigint[];
@@ -76,7 +76,7 @@ COMMENT ON FUNCTION redrive.schedule_passes IS
 
 CREATE FUNCTION redrive.unschedule_passes()
 RETURNS SETOF redrive.scheduled_pass
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM redrive._check_cron(NULL);
     RETURN QUERY EXECUTE

@@ -1,7 +1,9 @@
 -- Rights, and what pg_dump keeps.
 
 -- A role gets what these functions give it and nothing else.  They run with
--- the rights of the caller, who has to be a superuser or own the extension.
+-- the rights of the caller, who has to be a superuser or own the extension:
+-- with a search_path of their own, lest an operator that somebody planted in
+-- the caller's be run with these rights.
 CREATE FUNCTION redrive._user_routines() RETURNS SETOF regprocedure
 LANGUAGE sql STABLE AS $$
     SELECT p.oid::regprocedure
@@ -16,7 +18,7 @@ COMMENT ON FUNCTION redrive._user_routines IS 'Functions that grant_user() grant
 
 -- GRANT takes even a quoted "public" for everybody.
 CREATE FUNCTION redrive._check_role(role name) RETURNS void
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF role IS NULL THEN
         RAISE EXCEPTION 'role must not be null' USING ERRCODE = '22004', HINT = 'Give the name of a role.';
@@ -30,7 +32,7 @@ $$;
 COMMENT ON FUNCTION redrive._check_role IS 'Raise an error unless a role of this name exists';
 
 CREATE FUNCTION redrive._grant_views(role name) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_name text;
 BEGIN
@@ -51,7 +53,7 @@ $$;
 COMMENT ON FUNCTION redrive._grant_views IS 'Grant what users and monitors have in common';
 
 CREATE FUNCTION redrive.grant_user(role name) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_routine regprocedure;
 BEGIN
@@ -65,7 +67,7 @@ COMMENT ON FUNCTION redrive.grant_user IS
 'Let a role create handlers, submit batches to its own handlers and look at them in the views. Rows of others stay hidden. Call again after an update of the extension. Errors: 42704 unknown role, 42501 not the owner of the extension.';
 
 CREATE FUNCTION redrive.grant_monitor(role name) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM redrive._grant_views(role);
     EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint) TO %I', role);
@@ -77,7 +79,7 @@ COMMENT ON FUNCTION redrive.grant_monitor IS
 'Let a role see the counts of all batches, handlers and workers in the views, but no payloads, keys or messages of others. Call again after an update of the extension. Errors: 42704 unknown role, 42501 not the owner of the extension.';
 
 CREATE FUNCTION redrive.revoke_user(role name) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM redrive._check_role(role);
     EXECUTE format('REVOKE ALL ON ALL ROUTINES IN SCHEMA redrive FROM %I', role);
