@@ -79,11 +79,13 @@ END
 $$;
 
 -- Fold the ended chunks whose worker could not do it, or did it in a commit that
--- a crash swallowed; return how many batches had any.
+-- a crash swallowed; return how many batches had any.  A batch that somebody has
+-- locked is left for the next call: the supervisor must not wait for users.
 CREATE FUNCTION redrive._fold_ended() RETURNS bigint
 LANGUAGE sql AS $$
-    SELECT count(redrive._fold(c.batch_id))
+    SELECT count(redrive._fold(f.batch_id))
     FROM (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x WHERE NOT x.folded AND x.state = 'done') AS c
+    CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id FOR UPDATE SKIP LOCKED) AS f
 $$;
 
 -- Pause a live batch; the caller holds its row lock or does not care who wins.

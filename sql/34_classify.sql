@@ -42,17 +42,28 @@ LANGUAGE sql STABLE AS $$
     LIMIT 1
 $$;
 
-CREATE FUNCTION redrive.classify(handler text, sqlstate text, message text DEFAULT '', constraint_name text DEFAULT NULL)
-RETURNS TABLE (error_class text, action redrive.rule_action, rule text)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+-- Rules of a handler are its owner's: they name constraints and messages.
+CREATE FUNCTION redrive._classify(p_caller oid, p_handler text, p_sqlstate text, p_message text, p_constraint text,
+    OUT error_class text, OUT action redrive.rule_action, OUT rule text)
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF EXISTS (SELECT FROM redrive.handlers WHERE name = p_handler) THEN
+        PERFORM redrive._handler(p_caller, p_handler);
+    END IF;
     SELECT c.error_class, c.action,
         concat_ws(', ', 'rule ' || r.rule_id, 'handler ' || r.handler, 'priority ' || nullif(r.priority, 0),
             'sqlstate ' || r.sqlstate_pattern, 'constraint ' || r.constraint_name, 'message ~ ' || quote_literal(r.message_pattern))
-    FROM redrive._classify($1, $2, coalesce($3, ''), $4) AS c
-    JOIN redrive.classification_rules AS r ON r.rule_id = c.rule_id
+    INTO error_class, action, rule
+    FROM redrive._classify(p_handler, p_sqlstate, coalesce(p_message, ''), p_constraint) AS c
+    JOIN redrive.classification_rules AS r ON r.rule_id = c.rule_id;
+END
 $$;
+
+CREATE FUNCTION redrive.classify(handler text, sqlstate text, message text DEFAULT '', constraint_name text DEFAULT NULL,
+    OUT error_class text, OUT action redrive.rule_action, OUT rule text)
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.classify IS
-'Explain what would be done about an error: its class, the action, and the rule that decides. Order of rules: priority, then those for one handler, then with a message pattern, then with a constraint, then the longest SQLSTATE pattern.';
+'Explain what would be done about an error: its class, the action, and the rule that decides. Order of rules: priority, then those for one handler, then with a message pattern, then with a constraint, then the longest SQLSTATE pattern. Errors: 42501 the handler is not yours.';
 
 CREATE FUNCTION redrive.raise_validation(message text, detail text DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_raise_validation';

@@ -552,7 +552,7 @@ END
 $$;
 
 CREATE FUNCTION redrive.set_retention(retention interval) RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF retention IS NULL THEN
         RAISE EXCEPTION 'retention must not be null' USING ERRCODE = '22004', HINT = 'Give an interval, for example ''30 days''.';
@@ -566,6 +566,12 @@ END
 $$;
 COMMENT ON FUNCTION redrive.set_retention IS
 'Set how long ended batches are kept before the pass purge removes them; live ones always stay. What is older goes in portions of a sixth of this time. Errors: 22004 NULL, 22023 not positive.';
+
+-- Lock a pass to the end of the transaction; false when another session has it.
+-- Like an advisory lock, but out of reach of pg_advisory_lock(): no user can
+-- keep the passes from running.
+CREATE FUNCTION redrive._lock_pass(pass text) RETURNS boolean
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__lock_pass';
 
 -- What all passes share: the switch, the lock, the time budget, the history.
 CREATE FUNCTION redrive._pass(p_pass text, p_as_of timestamptz) RETURNS redrive.pass_result
@@ -588,7 +594,7 @@ BEGIN
     IF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
         r.outcome := 'disabled';
         r.detail := 'redrive.enabled is off';
-    ELSIF NOT pg_try_advisory_xact_lock(hashtext('pg_redrive'), hashtext(p_pass)) THEN
+    ELSIF NOT redrive._lock_pass(p_pass) THEN
         r.outcome := 'already running';
         r.detail := 'already running';
     ELSIF p_pass = 'rescue_stale' THEN

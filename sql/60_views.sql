@@ -201,6 +201,7 @@ LEFT JOIN (
     GROUP BY b.handler_id
 ) AS q ON q.handler_id = v.handler_id;
 
+-- The slots that a role may see are those that _slots() returns to it.
 -- A server that did not preload the library has no slots: its foreground
 -- workers are known by their chunks.
 CREATE VIEW redrive.workers WITH (security_barrier) AS
@@ -210,8 +211,6 @@ SELECT s.pid, s.kind, v.name AS handler, s.batch_id, s.chunk_id, s.state, s.item
     s.claimed_at, pg_get_userbyid(s.owner) AS role, s.started_at
 FROM redrive._slots() AS s
 LEFT JOIN redrive._visible AS v ON v.handler_id = s.handler_id
-WHERE pg_has_role(s.owner, 'USAGE')
-   OR (SELECT has_table_privilege('redrive.batches'::regclass, 'SELECT'))
 UNION ALL
 SELECT c.worker_pid, 'foreground', v.name, c.batch_id, c.chunk_id, 'running', NULL,
     NULL, NULL, NULL,
@@ -221,9 +220,14 @@ FROM redrive.chunks AS c
 JOIN redrive._visible AS v ON v.handler_id = c.handler_id
 WHERE c.state = 'running' AND NOT (SELECT redrive._preloaded());
 
+-- Everybody may know that the passes run; what they did counts batches of all.
 CREATE VIEW redrive.pass_history WITH (security_barrier) AS
-SELECT l.pass, l.as_of, l.started_at, l.finished_at, l.acted, l.more, l.detail
-FROM redrive.pass_log AS l;
+SELECT l.pass, l.as_of, l.started_at, l.finished_at,
+    CASE WHEN m.monitor THEN l.acted END AS acted,
+    CASE WHEN m.monitor THEN l.more END AS more,
+    CASE WHEN m.monitor THEN l.detail END AS detail
+FROM redrive.pass_log AS l
+CROSS JOIN (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT') AS monitor) AS m;
 
 CREATE VIEW redrive.throughput WITH (security_barrier) AS
 SELECT t.minute, v.name AS handler, t.items, t.succeeded, t.ignored, t.failed, t.to_retry,

@@ -382,7 +382,8 @@ COMMENT ON FUNCTION redrive._crumbs IS 'What was executed in this database when 
 COMMENT ON FUNCTION redrive._blame IS 'Count the items and callbacks that crashed the server';
 COMMENT ON FUNCTION redrive._claim IS 'Take one chunk for a worker';
 COMMENT ON FUNCTION redrive._carve IS 'Carve the next range of items off a locked batch, as a chunk';
-COMMENT ON FUNCTION redrive._classify IS 'Rule that decides about an error';
+COMMENT ON FUNCTION redrive._classify(text, text, text, text) IS 'Rule that decides about an error';
+COMMENT ON FUNCTION redrive._classify(oid, text, text, text, text) IS 'Implementation of classify()';
 COMMENT ON FUNCTION redrive._create_handler IS 'Body of create_handler()';
 COMMENT ON FUNCTION redrive._cron_jobs IS 'Jobs that schedule_passes() makes';
 COMMENT ON FUNCTION redrive._drop_handler IS 'Body of drop_handler()';
@@ -407,6 +408,7 @@ COMMENT ON FUNCTION redrive._next_due IS 'When the next work becomes due';
 COMMENT ON FUNCTION redrive._orphan_lost IS 'Give back the claims of all workers that are gone';
 COMMENT ON FUNCTION redrive._part_bytes IS 'Size of the partitions of a part';
 COMMENT ON FUNCTION redrive._part_state IS 'Whether a part is empty, old or to be kept';
+COMMENT ON FUNCTION redrive._lock_pass IS 'Lock a pass, out of reach of pg_advisory_lock()';
 COMMENT ON FUNCTION redrive._pass IS 'Frame of every pass: switch, lock, time budget, history';
 COMMENT ON FUNCTION redrive._pause IS 'Pause a live batch';
 COMMENT ON FUNCTION redrive._pause_batch IS 'Body of pause_batch()';

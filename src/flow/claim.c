@@ -219,8 +219,8 @@ redrive_give_back(RedriveChunk *chunk, bool lost)
 }
 
 /*
- * Add the ended chunk to its batch, move the batch on if it was the last one,
- * and commit.
+ * Add the ended chunk to its batch, and move the batch on if it was the last
+ * one; the caller commits.
  *
  * The stale pass does the same if a crash swallows this, so the commit need
  * not wait for the disk.
@@ -237,7 +237,6 @@ redrive_fold(RedriveChunk *chunk)
 	if (state != NULL && (strcmp(state, "finished") == 0 || strcmp(state, "paused") == 0 ||
 						  strcmp(state, "cancelled") == 0))
 		redrive_batch_ended_at_commit();
-	redrive_commit_lazily();
 }
 
 /*

@@ -230,6 +230,15 @@ redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
 	return failure;
 }
 
+static int
+compare_rule_ids(const ListCell *a, const ListCell *b)
+{
+	int32		left = ((RuleMatch *) lfirst(a))->rule_id;
+	int32		right = ((RuleMatch *) lfirst(b))->rule_id;
+
+	return (left > right) - (left < right);
+}
+
 /*
  * Make the failure of an item that crashed the server too often to be run again.
  *
@@ -260,14 +269,17 @@ redrive_quarantine(RedriveItem *item)
 }
 
 /*
- * Add the hits of this chunk to the rules: in the small transaction that ends
- * the chunk, so that workers do not wait for each other's commit intervals.
+ * Add the hits of this chunk to the rules, in the order of their numbers.
+ *
+ * Workers of all roles share these rows.  So this is the last thing in the small
+ * transaction that ends the chunk: nobody waits for anything while he has them.
  */
 void
 redrive_count_rule_hits(RedriveChunk *chunk)
 {
 	ListCell   *lc;
 
+	list_sort(chunk->rules, compare_rule_ids);
 	foreach(lc, chunk->rules)
 	{
 		RuleMatch  *match = lfirst(lc);

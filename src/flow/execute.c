@@ -319,7 +319,7 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 static void
 show_chunk(RedriveSlot *slot, RedriveChunk *chunk)
 {
-	char		activity[256];
+	char		activity[512];	/* a name of 100 characters fits */
 
 	slot->handler_id = chunk->handler.handler_id;
 	slot->batch_id = chunk->batch_id;
@@ -376,8 +376,9 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 		run_chunk(chunk, slot, deadline);
 		if (chunk->ended)
 		{
-			redrive_count_rule_hits(chunk);
 			redrive_fold(chunk);
+			redrive_count_rule_hits(chunk);
+			redrive_commit_lazily();
 		}
 		else
 			redrive_give_back(chunk, false);
