@@ -520,7 +520,10 @@ BEGIN
     IF v_batch_ids IS NULL THEN
         RETURN 0;
     END IF;
-    DELETE FROM redrive.callbacks AS k USING unnest(v_batch_ids) AS i WHERE k.batch_id = i;
+    -- one that is running code of users is left to its worker
+    DELETE FROM redrive.callbacks AS k
+    USING (SELECT x.callback_id FROM redrive.callbacks AS x WHERE x.batch_id = ANY (v_batch_ids) FOR UPDATE SKIP LOCKED) AS f
+    WHERE k.callback_id = f.callback_id;
     DELETE FROM redrive.crashes AS x USING unnest(v_batch_ids) AS i WHERE x.batch_id = i;
     DELETE FROM redrive.locks AS l USING unnest(v_batch_ids) AS i WHERE l.batch_id = i;
     DELETE FROM redrive.chunks AS c USING unnest(v_batch_ids) AS i WHERE c.batch_id = i;

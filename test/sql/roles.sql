@@ -134,6 +134,24 @@ SELECT count(*), min(objsubid) AS class FROM pg_locks WHERE locktype = 'advisory
 COMMIT;
 ROLLBACK PREPARED 'roles';
 
+-- Nor by a callback that does not end: purge leaves it.  Red without SKIP LOCKED in
+-- redrive._purge_batches().
+SET SESSION AUTHORIZATION regress_roles_b;
+CREATE FUNCTION nothing(payload jsonb) RETURNS void LANGUAGE sql AS '';
+SELECT redrive.create_handler('b', 'nothing');
+SELECT redrive.send('b', '1') AS old \gset
+CALL redrive.work();
+RESET SESSION AUTHORIZATION;
+INSERT INTO redrive.callbacks (handler_id, batch_id, kind, run_no) SELECT handler_id, batch_id, 'on_finish', run_no FROM redrive.batches;
+BEGIN;
+SELECT count(*) FROM (SELECT FROM redrive.callbacks FOR UPDATE) AS running;
+PREPARE TRANSACTION 'roles';
+SET lock_timeout = '1s';
+SELECT redrive._purge_batches(0, 'infinity', 10) AS purged, (SELECT count(*) FROM redrive.callbacks) AS left_alone;
+RESET lock_timeout;
+ROLLBACK PREPARED 'roles';
+DELETE FROM redrive.callbacks;
+
 -- Two tenants.  a has batches in many states; b tries everything on them.
 SET SESSION AUTHORIZATION regress_roles_a;
 CREATE FUNCTION fails_secretly(key text, payload jsonb) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'secret of %', key; END $$;
@@ -148,8 +166,6 @@ RESET SESSION AUTHORIZATION;
 INSERT INTO redrive.classification_rules (handler, message_pattern, error_class, action) VALUES ('a', 'secret', 'secret', 'ignore');
 CREATE TABLE before AS SELECT b.*, h.name, h.function, h.paused FROM redrive.batches AS b JOIN redrive.handlers AS h USING (handler_id);
 SET SESSION AUTHORIZATION regress_roles_b;
-CREATE FUNCTION nothing(payload jsonb) RETURNS void LANGUAGE sql AS '';
-SELECT redrive.create_handler('b', 'nothing');
 SELECT s AS statement, code(replace(replace(replace(replace(s, 'FAILED', :'failed'), 'READY', :'ready'), 'OPEN', :'open'), 'PAUSED', :'paused')) FROM unnest(ARRAY[
     'SELECT redrive.create_handler(''a'', ''nothing'')', 'SELECT redrive.alter_handler(''a'', function => ''nothing'')', 'SELECT redrive.drop_handler(''a'')',
     'SELECT redrive.pause_handler(''a'')', 'SELECT redrive.resume_handler(''a'')',
@@ -174,7 +190,7 @@ SELECT redrive.submit('b', ARRAY['1']::jsonb[], ARRAY['key 2'], label => 'own', 
 SELECT count(*) AS seen, count(*) FILTER (WHERE r::text ~ 'secret|key 1') AS secrets FROM redrive.failure_groups AS r;
 SELECT count(*) FROM redrive.verify() WHERE batch_id <> batch('own');
 SELECT count(*) FROM redrive.stale_batches_at('infinity') WHERE batch_id <> batch('own');
--- Red with l.detail in place of the CASE in redrive.pass_history.
+-- Red with l.acted in place of its CASE in redrive.pass_history.
 SELECT count(*) > 0 AS passes, count(acted) + count(more) + count(detail) AS of_all FROM redrive.pass_history;
 SET SESSION AUTHORIZATION regress_roles_monitor;
 SELECT count(*) > 0 AS passes, count(acted) = count(*) AS of_all FROM redrive.pass_history;
