@@ -161,6 +161,7 @@ BEGIN
     DELETE FROM redrive.failure_log l USING redrive.batches b WHERE b.handler_id = h.handler_id AND l.part = b.part AND l.batch_id = b.batch_id;
     DELETE FROM redrive.failures f USING redrive.batches b WHERE b.handler_id = h.handler_id AND f.part = b.part AND f.batch_id = b.batch_id;
     DELETE FROM redrive.item_blocks i USING redrive.batches b WHERE b.handler_id = h.handler_id AND i.part = b.part AND i.batch_id = b.batch_id;
+    DELETE FROM redrive.canaries c USING redrive.batches b WHERE b.handler_id = h.handler_id AND c.batch_id = b.batch_id;
     DELETE FROM redrive.retry_lists l USING redrive.chunks c WHERE c.handler_id = h.handler_id AND l.chunk_id = c.chunk_id;
     DELETE FROM redrive.chunks c USING redrive.batches b WHERE b.handler_id = h.handler_id AND c.batch_id = b.batch_id;
     DELETE FROM redrive.batches WHERE handler_id = h.handler_id;

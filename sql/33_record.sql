@@ -41,6 +41,9 @@ BEGIN
         RETURNING * INTO b;
     END IF;
 
+    IF b.run_no > 1 AND redrive._judge_canary(b) THEN
+        RETURN 'running';
+    END IF;
     v_live := b.claimed_to < b.total OR EXISTS (SELECT FROM redrive.chunks WHERE batch_id = p_batch_id AND NOT folded);
     SELECT * INTO h FROM redrive.handlers WHERE handler_id = b.handler_id;
     IF b.state IN ('running', 'retrying') AND (b.waiting > 0 OR v_live) AND b.failed - b.failures_accepted > h.tolerated_failures THEN

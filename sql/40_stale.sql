@@ -123,7 +123,7 @@ CROSS JOIN LATERAL (
         WHEN NOT (SELECT redrive._preloaded()) THEN 'none: no workers, as pg_redrive is not in shared_preload_libraries; CALL redrive.work()'
         WHEN NOT (SELECT coalesce(current_setting('redrive.enabled', true), 'on')::boolean) THEN 'none: redrive.enabled is off'
         WHEN (SELECT current_setting('redrive.max_workers', true)) = '0' THEN 'none: no workers, as redrive.max_workers is 0; CALL redrive.work()'
-        WHEN NOT EXISTS (SELECT FROM pg_roles AS o WHERE o.oid = b.owner::oid AND o.rolcanlogin)
+        WHEN NOT EXISTS (SELECT FROM pg_roles AS o WHERE o.oid = b.owner::oid AND (o.rolcanlogin OR current_setting('server_version_num')::int >= 170000))
             THEN format('none: role %s may not log in, so it can have no workers; CALL redrive.work()', b.owner)
         ELSE format('wake the workers of %s', b.owner)
     END AS wake
@@ -526,6 +526,7 @@ BEGIN
     WHERE k.callback_id = f.callback_id;
     DELETE FROM redrive.crashes AS x USING unnest(v_batch_ids) AS i WHERE x.batch_id = i;
     DELETE FROM redrive.locks AS l USING unnest(v_batch_ids) AS i WHERE l.batch_id = i;
+    DELETE FROM redrive.canaries AS c USING unnest(v_batch_ids) AS i WHERE c.batch_id = i;
     DELETE FROM redrive.chunks AS c USING unnest(v_batch_ids) AS i WHERE c.batch_id = i;
     DELETE FROM redrive.batches AS b USING unnest(v_batch_ids) AS i WHERE b.batch_id = i;
     RETURN cardinality(v_batch_ids);

@@ -111,7 +111,8 @@ LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.cancel_batch IS
 'Cancel a live batch: finished work stays, items that run end their commit interval, the others are not run; keys are unlocked. Errors: 42704 unknown batch, 42501 not yours, 55000 not live.';
 
-CREATE FUNCTION redrive._redrive(p_caller oid, p_batch_id bigint, p_fingerprint text, p_error_class text, p_item_nos bigint[]) RETURNS int
+CREATE FUNCTION redrive._redrive(p_caller oid, p_batch_id bigint, p_fingerprint text, p_error_class text, p_item_nos bigint[],
+    p_canary int, p_canary_ratio float8) RETURNS int
 LANGUAGE plpgsql
 SET plan_cache_mode = force_custom_plan -- as in _take_up
 AS $$
@@ -119,14 +120,24 @@ DECLARE
     b redrive.batches := redrive._lock_batch(p_caller, p_batch_id);
     v_now timestamptz := clock_timestamp();
     v_item_nos bigint[];
+    v_held bigint[];
     v_count bigint;
-    v_size bigint;
     v_key record;
-    v_owner oid;
 BEGIN
+    IF p_canary < 1 THEN
+        RAISE EXCEPTION 'canary must be positive' USING ERRCODE = '22023',
+            DETAIL = format('It is %s.', p_canary), HINT = 'Give the number of items to run first, or leave it out.';
+    ELSIF p_canary_ratio IS NULL OR NOT (p_canary_ratio > 0 AND p_canary_ratio <= 1) THEN
+        RAISE EXCEPTION 'canary_ratio must be above 0 and at most 1' USING ERRCODE = '22023',
+            DETAIL = format('It is %s.', coalesce(p_canary_ratio::text, 'NULL')), HINT = 'Give the part of the canary items that has to succeed, for example 0.9.';
+    END IF;
     IF b.state NOT IN ('finished', 'running', 'retrying') THEN
         RAISE EXCEPTION 'batch % cannot be redriven', p_batch_id USING ERRCODE = '55000',
             DETAIL = format('Its state is "%s".', b.state), HINT = 'Resume a paused batch first; a cancelled one stays cancelled.';
+    END IF;
+    IF p_canary IS NOT NULL AND EXISTS (SELECT FROM redrive.canaries AS c WHERE c.batch_id = p_batch_id AND c.decided_at IS NULL) THEN
+        RAISE EXCEPTION 'batch % has a canary already', p_batch_id USING ERRCODE = '55000',
+            DETAIL = 'Its items have not all ended.', HINT = format('See redrive.why(%s); wait for its end, or redrive without a canary.', p_batch_id);
     END IF;
     SELECT array_agg(f.item_no ORDER BY f.item_no), count(*) INTO v_item_nos, v_count
     FROM redrive.failures AS f
@@ -138,6 +149,10 @@ BEGIN
         RAISE EXCEPTION 'batch % has no failed items to redrive', p_batch_id USING ERRCODE = '55000',
             DETAIL = format('Its state is "%s", %s items failed.', b.state, b.failed),
             HINT = 'See redrive.failed_items for what can be redriven.';
+    ELSIF v_count > p_canary THEN
+        v_held := v_item_nos[p_canary + 1:];
+        v_item_nos := v_item_nos[:p_canary];
+        v_count := p_canary;
     END IF;
     IF b.keyed THEN
         -- The key of a failed item was unlocked: take it again, unless another batch has it now.
@@ -160,27 +175,52 @@ BEGIN
         END IF;
     END IF;
 
-    -- those that crashed the server have a fresh chance
-    DELETE FROM redrive.crashes WHERE batch_id = p_batch_id AND item_no = ANY (v_item_nos);
     UPDATE redrive.batches
-    SET state = 'running', run_no = run_no + 1, failed = failed - v_count, failures_accepted = 0,
-        finished_at = NULL, attempted_at = NULL, last_progress_at = v_now
+    SET run_no = run_no + 1,
+        -- whoever redrives some of them has seen the others
+        failures_accepted = failed - v_count + coalesce((SELECT sum(c.failed) FROM redrive.chunks AS c WHERE c.batch_id = p_batch_id AND NOT c.folded), 0)
     WHERE batch_id = p_batch_id
     RETURNING * INTO b;
-    v_size := redrive._retry_size(b, current_setting('redrive.max_workers')::int, v_count);
-    FOR i IN 0 .. (v_count - 1) / v_size LOOP
-        PERFORM redrive._take_up(b, v_item_nos[i * v_size + 1:(i + 1) * v_size], v_now, NULL, NULL);
-    END LOOP;
-    SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
-    PERFORM redrive._wake(v_owner);
+    IF v_held IS NOT NULL THEN
+        INSERT INTO redrive.canaries (batch_id, run_no, items, needed, held)
+        VALUES (p_batch_id, b.run_no, v_item_nos, ceil(round((v_count * p_canary_ratio)::numeric, 6)), v_held)
+        ON CONFLICT (batch_id) DO UPDATE
+        SET run_no = excluded.run_no, items = excluded.items, needed = excluded.needed, held = excluded.held, decided_at = NULL, released = NULL;
+    END IF;
+    PERFORM redrive._run_again(b, v_item_nos, v_now);
     RETURN b.run_no;
 END
 $$;
 
-CREATE FUNCTION redrive.redrive(batch_id bigint, fingerprint text DEFAULT NULL, error_class text DEFAULT NULL, item_nos bigint[] DEFAULT NULL) RETURNS int
+-- Take failed items of a locked batch up again, with their budgets afresh; they
+-- have their keys.
+CREATE FUNCTION redrive._run_again(b redrive.batches, p_item_nos bigint[], p_now timestamptz) RETURNS void
+LANGUAGE plpgsql
+SET plan_cache_mode = force_custom_plan -- as in _take_up
+AS $$
+DECLARE
+    v_count int := cardinality(p_item_nos);
+    v_size bigint;
+BEGIN
+    -- those that crashed the server have a fresh chance
+    DELETE FROM redrive.crashes WHERE batch_id = b.batch_id AND item_no = ANY (p_item_nos);
+    UPDATE redrive.batches
+    SET state = 'running', failed = failed - v_count, finished_at = NULL, attempted_at = NULL, last_progress_at = p_now
+    WHERE batch_id = b.batch_id
+    RETURNING * INTO b;
+    v_size := redrive._retry_size(b, current_setting('redrive.max_workers')::int, v_count);
+    FOR i IN 0 .. (v_count - 1) / v_size LOOP
+        PERFORM redrive._take_up(b, p_item_nos[i * v_size + 1:(i + 1) * v_size], p_now, NULL, NULL);
+    END LOOP;
+    PERFORM redrive._wake(h.owner) FROM redrive.handlers AS h WHERE h.handler_id = b.handler_id;
+END
+$$;
+
+CREATE FUNCTION redrive.redrive(batch_id bigint, fingerprint text DEFAULT NULL, error_class text DEFAULT NULL, item_nos bigint[] DEFAULT NULL,
+    canary int DEFAULT NULL, canary_ratio float8 DEFAULT 0.9) RETURNS int
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.redrive IS
-'Run the failed items of a batch again, all of them or those of one fingerprint, error class or list of items, with a fresh retry budget, and two chances more if they crashed the server; return the number of the new run. Their keys are locked again. Errors: 42704 unknown batch, 42501 not yours, 55000 nothing to redrive, 55P03 key held by another batch.';
+'Run the failed items of a batch again, all of them or those of one fingerprint, error class or list of items, with a fresh retry budget, and two chances more if they crashed the server; return the number of the new run. Their keys are locked again. With canary, only that many of them run first, in order of item_no, and the others follow in the same run as soon as the part canary_ratio of the canary, rounded up, has succeeded; if that cannot be reached any more the others stay failed. Errors: 42704 unknown batch, 42501 not yours, 22023 canary or canary_ratio out of range, 55000 nothing to redrive or a canary is not decided, 55P03 key held by another batch.';
 
 CREATE PROCEDURE redrive.wait(batch_id bigint, timeout interval DEFAULT NULL, INOUT state redrive.batch_state DEFAULT NULL)
 LANGUAGE c AS 'MODULE_PATHNAME', 'redrive_wait';

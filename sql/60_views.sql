@@ -55,7 +55,7 @@ SELECT p.batch_id, p.handler, p.label, p.state, p.run_no, p.total,
     round(nullif(p.rate, 0)::numeric, CASE WHEN p.rate < 1 THEN 3 WHEN p.rate < 10 THEN 1 ELSE 0 END) AS items_per_second,
     CASE WHEN p.state NOT IN ('running', 'retrying') THEN NULL
          WHEN p.running + p.pending = 0 THEN date_trunc('second', greatest(p.next_retry_at - now(), interval '0'))
-         WHEN p.rate > 0 THEN make_interval(secs => ceil(least((p.running + p.pending) / p.rate, 1e9))) END AS time_left,
+         WHEN coalesce(p.pace, p.rate) > 0 THEN make_interval(secs => ceil(least((p.running + p.pending) / coalesce(p.pace, p.rate), 1e9))) END AS time_left,
     p.created_at, p.started_at, p.last_progress_at, p.finished_at,
     p.priority, p.run_at, p.next_retry_at, p.pause_reason
 FROM (
@@ -68,6 +68,8 @@ FROM (
             ELSE (b.succeeded + b.ignored + b.failed + b.waiting)
                  / nullif(date_part('epoch', coalesce(b.attempted_at, b.finished_at, now()) - b.started_at), 0)
         END AS rate,
+        -- the mean of the last chunks: a worker between two claims has no rate of its own
+        nullif(b.items_per_second, 0) * greatest(b.running_chunks, 1) AS pace,
         b.created_at, b.started_at, b.last_progress_at, b.finished_at,
         b.priority, b.run_at, b.next_retry_at, CASE WHEN v.mine THEN b.pause_reason END AS pause_reason
     FROM redrive._batches AS b

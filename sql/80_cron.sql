@@ -92,3 +92,71 @@ END
 $$;
 COMMENT ON FUNCTION redrive.unschedule_passes IS
 'Remove the jobs of redrive.schedule_passes() from pg_cron and return what they were; none is fine. Errors: 55000 when pg_cron cannot be used from this database.';
+
+-- Background processes that pg_cron takes: its launcher, and one for each pass
+-- when it does not use connections.
+CREATE FUNCTION redrive._cron_processes() RETURNS int
+LANGUAGE sql STABLE AS $$
+    SELECT CASE
+        WHEN current_setting('shared_preload_libraries') !~ '\mpg_cron\M' THEN 0
+        WHEN current_setting('cron.use_background_workers', true) = 'on' THEN 4
+        ELSE 1
+    END
+$$;
+
+-- For the doctor: do the passes run?  pg_cron tells about the jobs of its own
+-- database only; from another one, and with another scheduler, what counts is
+-- when a pass ran last.
+CREATE FUNCTION redrive._doctor_passes(p_as_of timestamptz) RETURNS TABLE (severity text, finding text, remedy text)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    v_trouble text;
+    v_hint text;
+    v_here boolean := false;
+    v_ran_at timestamptz;
+    v_late boolean;
+    p record;
+    j record;
+BEGIN
+    BEGIN
+        PERFORM redrive._check_cron('* * * * *');
+        v_here := true;
+    EXCEPTION WHEN object_not_in_prerequisite_state THEN
+        GET STACKED DIAGNOSTICS v_trouble = MESSAGE_TEXT, v_hint = PG_EXCEPTION_HINT;
+    END;
+    IF v_here AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'pg_cron launcher') THEN
+        RETURN QUERY VALUES ('error', 'The process "pg_cron launcher" is not there.', 'look in the server log for its errors; pg_terminate_backend() ends it until the server is restarted');
+    END IF;
+
+    FOR p IN SELECT x.job_name, x.command, substring(x.job_name FROM ' (.*)') AS pass FROM redrive._cron_jobs('* * * * *') AS x LOOP
+        v_ran_at := (SELECT max(l.started_at) FROM redrive.pass_log AS l WHERE l.pass = p.pass);
+        v_late := v_ran_at IS NULL OR v_ran_at < p_as_of - CASE p.pass WHEN 'purge' THEN interval '1 day' ELSE interval '1 hour' END;
+        IF NOT v_here THEN
+            IF v_late THEN
+                RETURN QUERY VALUES ('warning', format('Nobody runs the pass %s. %s And %s.', p.pass, redrive._pass_runs(p.pass), v_trouble), v_hint);
+            END IF;
+            CONTINUE;
+        END IF;
+        EXECUTE 'SELECT count(*) AS jobs, count(*) FILTER (WHERE c.active) AS active, min(c.schedule) AS schedule, min(r.status) AS status,
+                     min(r.return_message) AS message, min(r.start_time) AS run_at
+                 FROM cron.job AS c
+                 LEFT JOIN LATERAL (SELECT d.status, d.return_message, d.start_time FROM cron.job_run_details AS d
+                                    WHERE d.jobid = c.jobid AND d.end_time IS NOT NULL ORDER BY d.runid DESC LIMIT 1) AS r ON true
+                 WHERE c.database = current_database() AND c.command = $1'
+        INTO j USING p.command;
+        IF j.jobs = 0 THEN
+            IF v_late THEN
+                RETURN QUERY VALUES ('warning', format('The pass %s is not scheduled. %s', p.pass, redrive._pass_runs(p.pass)), 'SELECT * FROM redrive.schedule_passes();');
+            END IF;
+        ELSIF j.active = 0 THEN
+            RETURN QUERY VALUES ('warning', format('The job %L of pg_cron is not active. %s', p.job_name, redrive._pass_runs(p.pass)), 'SELECT * FROM redrive.schedule_passes();');
+        ELSIF j.status = 'failed' THEN
+            RETURN QUERY VALUES ('error', format('The job %L of pg_cron failed at %s: %s', p.job_name, redrive._seconds(j.run_at), j.message),
+                format('SELECT * FROM cron.job_run_details WHERE command = %L ORDER BY runid DESC;', p.command));
+        ELSIF v_late AND j.run_at IS NOT NULL THEN
+            RETURN QUERY VALUES ('warning', format('The pass %s is scheduled (%s), but late. %s', p.pass, j.schedule, redrive._pass_runs(p.pass)),
+                format('SELECT * FROM cron.job_run_details WHERE command = %L ORDER BY runid DESC;', p.command));
+        END IF;
+    END LOOP;
+END
+$$;

@@ -11,7 +11,7 @@ LANGUAGE sql STABLE AS $$
     WHERE p.pronamespace = 'redrive'::regnamespace
       AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_slots'))
       AND p.proname NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'schedule_passes', 'unschedule_passes',
-                            'set_retention', 'grant_user', 'grant_monitor', 'revoke_user')
+                            'set_retention', 'grant_user', 'grant_monitor', 'revoke_user', 'doctor')
     ORDER BY p.oid
 $$;
 COMMENT ON FUNCTION redrive._user_routines IS 'Functions that grant_user() grants';
@@ -70,7 +70,7 @@ CREATE FUNCTION redrive.grant_monitor(role name) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM redrive._grant_views(role);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint) TO %I', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint), redrive.why(bigint), redrive.doctor() TO %I', role);
     -- this is what makes the views show everything
     EXECUTE format('GRANT SELECT (batch_id) ON redrive.batches TO %I', role);
 END

@@ -55,6 +55,15 @@ typedef struct RedriveSlot
 	TimestampTz item_started_at;
 } RedriveSlot;
 
+/* A role whose executors end at once, for example because it cannot log in. */
+#define REDRIVE_MAX_HELD_BACK 8
+
+typedef struct RedriveHeldBack
+{
+	Oid			owner;
+	TimestampTz until;			/* no executor before that; past = not held */
+} RedriveHeldBack;
+
 /* A database that may have the extension. */
 typedef struct RedriveDatabase
 {
@@ -65,6 +74,10 @@ typedef struct RedriveDatabase
 	Latch	   *latch;
 	TimestampTz retry_at;		/* not before this time, after an error */
 	int			errors;			/* supervisors in a row that ended in one */
+	TimestampTz no_process_since;	/* a worker was wanted and there was no
+									 * process for it; 0 = there was */
+	RedriveHeldBack held_back[REDRIVE_MAX_HELD_BACK];	/* written by its
+														 * supervisor alone */
 } RedriveDatabase;
 
 typedef struct RedriveShared

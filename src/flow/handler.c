@@ -38,6 +38,7 @@
 static const char *const signature_names[] = {"payload", "key_payload", "item"};
 
 PG_FUNCTION_INFO_V1(redrive_as_owner);
+PG_FUNCTION_INFO_V1(redrive_rows_as_owner);
 PG_FUNCTION_INFO_V1(redrive_create_handler);
 PG_FUNCTION_INFO_V1(redrive_alter_handler);
 
@@ -189,6 +190,37 @@ find_callback(const char *given, bool on_finish)
 }
 
 /*
+ * Run redrive._<name> with the rights of the extension, for the SQL function
+ * <name> that was called; how is the statement, with %s for the call.
+ *
+ * fcinfo only tells the name.  Needs a connection; the rows are read with
+ * redrive_column().  Returns their number.
+ */
+static uint64
+run_internal(FunctionCallInfo fcinfo, const char *how, int nargs, Oid *argtypes, Datum *values, char *nulls)
+{
+	RedriveSql	sql = {0};
+	StringInfoData call;
+	StringInfoData text;
+
+	initStringInfo(&call);
+	appendStringInfo(&call, "redrive.%s(",
+					 quote_identifier(psprintf("_%s", get_func_name(fcinfo->flinfo->fn_oid))));
+	for (int i = 0; i < nargs; i++)
+	{
+		appendStringInfo(&call, "%s$%d", i > 0 ? ", " : "", i + 1);
+		sql.argtypes[i] = argtypes[i];
+	}
+	appendStringInfoChar(&call, ')');
+	initStringInfo(&text);
+	appendStringInfo(&text, how, call.data);
+	sql.text = text.data;
+	sql.once = true;
+	sql.nargs = nargs;
+	return redrive_sql(&sql, values, nulls);
+}
+
+/*
  * Call redrive._<name> with the rights of the extension, for the SQL function
  * <name> that was called, and return its result.
  *
@@ -197,29 +229,14 @@ find_callback(const char *given, bool on_finish)
 Datum
 redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *values, char *nulls)
 {
-	Oid			self = fcinfo->flinfo->fn_oid;
-	Oid			rettype = get_func_rettype(self);
+	Oid			rettype = get_func_rettype(fcinfo->flinfo->fn_oid);
 	MemoryContext caller_cxt = CurrentMemoryContext;
-	RedriveSql	sql = {0};
-	StringInfoData text;
 	Datum		result;
 	bool		isnull;
 
-	initStringInfo(&text);
-	appendStringInfo(&text, "SELECT redrive.%s(",
-					 quote_identifier(psprintf("_%s", get_func_name(self))));
-	for (int i = 0; i < nargs; i++)
-	{
-		appendStringInfo(&text, "%s$%d", i > 0 ? ", " : "", i + 1);
-		sql.argtypes[i] = argtypes[i];
-	}
-	appendStringInfoString(&text, ") AS result");
-	sql.text = text.data;
-	sql.once = true;
-	sql.nargs = nargs;
-
 	redrive_connect();
-	redrive_sql_one_row(&sql, values, nulls);
+	if (run_internal(fcinfo, "SELECT %s AS result", nargs, argtypes, values, nulls) != 1)
+		elog(ERROR, "an internal function did not return one row");
 	result = redrive_column(0, "result", &isnull);
 	if (!isnull && rettype != VOIDOID)
 	{
@@ -237,15 +254,12 @@ redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *value
 }
 
 /*
- * The C side of the control functions: pass the caller's role, which SQL
- * cannot forge, and the arguments on.
+ * Fill the arguments of an internal function: the caller's role, which SQL
+ * cannot forge, and what the SQL function was called with.  Returns how many.
  */
-Datum
-redrive_as_owner(PG_FUNCTION_ARGS)
+static int
+caller_and_arguments(FunctionCallInfo fcinfo, Oid *argtypes, Datum *values, char *nulls)
 {
-	Oid			argtypes[REDRIVE_MAX_ARGS];
-	Datum		values[REDRIVE_MAX_ARGS];
-	char		nulls[REDRIVE_MAX_ARGS + 1] = {0};
 	Oid		   *declared;
 	int			nargs;
 
@@ -259,7 +273,46 @@ redrive_as_owner(PG_FUNCTION_ARGS)
 		values[i + 1] = fcinfo->args[i].value;
 		nulls[i + 1] = fcinfo->args[i].isnull ? 'n' : ' ';
 	}
-	return redrive_dispatch(fcinfo, nargs + 1, argtypes, values, nulls);
+	return nargs + 1;
+}
+
+/* The C side of the control functions: pass the caller and the arguments on. */
+Datum
+redrive_as_owner(PG_FUNCTION_ARGS)
+{
+	Oid			argtypes[REDRIVE_MAX_ARGS];
+	Datum		values[REDRIVE_MAX_ARGS];
+	char		nulls[REDRIVE_MAX_ARGS + 1] = {0};
+	int			nargs = caller_and_arguments(fcinfo, argtypes, values, nulls);
+
+	return redrive_dispatch(fcinfo, nargs, argtypes, values, nulls);
+}
+
+/* The same for functions that return rows, with columns of the same names. */
+Datum
+redrive_rows_as_owner(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	Oid			argtypes[REDRIVE_MAX_ARGS];
+	Datum		values[REDRIVE_MAX_ARGS];
+	char		nulls[REDRIVE_MAX_ARGS + 1] = {0};
+	int			nargs = caller_and_arguments(fcinfo, argtypes, values, nulls);
+	uint64		rows;
+
+	InitMaterializedSRF(fcinfo, 0);
+	redrive_connect();
+	rows = run_internal(fcinfo, "SELECT * FROM %s", nargs, argtypes, values, nulls);
+	for (uint64 row = 0; row < rows; row++)
+	{
+		Datum		columns[REDRIVE_MAX_ARGS];
+		bool		isnull[REDRIVE_MAX_ARGS];
+
+		for (int c = 0; c < rsinfo->setDesc->natts; c++)
+			columns[c] = redrive_column(row, NameStr(TupleDescAttr(rsinfo->setDesc, c)->attname), &isnull[c]);
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, columns, isnull);
+	}
+	redrive_disconnect();
+	return (Datum) 0;
 }
 
 /* Refuse an owner that no worker could connect as. */

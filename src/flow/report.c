@@ -7,19 +7,25 @@
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
+#include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
+#include "base/guc.h"
 #include "base/shmem.h"
 
 #define SLOT_COLUMNS 14
 
 PG_FUNCTION_INFO_V1(redrive__slots);
+PG_FUNCTION_INFO_V1(redrive__processes);
+PG_FUNCTION_INFO_V1(redrive__library_version);
 
 static const char *
 state_name(SlotState state)
@@ -102,4 +108,60 @@ redrive__slots(PG_FUNCTION_ARGS)
 	}
 	LWLockRelease(redrive_shared->lock);
 	return (Datum) 0;
+}
+
+/*
+ * SQL: _processes(), the background processes that serve this database, and
+ * what keeps others from being started.  NULLs without preload.
+ *
+ * Takes executors of all databases into account; they share one limit.
+ */
+Datum
+redrive__processes(PG_FUNCTION_ARGS)
+{
+	TupleDesc	tupdesc;
+	Datum		values[6] = {0};
+	bool		nulls[6] = {true, true, true, true, true, true};
+	Datum		held_back[REDRIVE_MAX_HELD_BACK];
+	int			n_held_back = 0;
+	int			databases = 0;
+	RedriveDatabase *own;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	if (redrive_shared == NULL)
+		return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	values[0] = Int32GetDatum(redrive_shared->launcher_pid);
+	nulls[0] = redrive_shared->launcher_pid == 0;
+	for (int i = 0; i < redrive_max_databases; i++)
+		if (redrive_shared->databases[i].present)
+			databases++;
+	values[2] = Int32GetDatum(databases);
+	values[3] = Int32GetDatum(redrive_count_executors());
+	nulls[2] = nulls[3] = false;
+	own = redrive_find_database(MyDatabaseId, false);
+	if (own != NULL)
+	{
+		values[1] = Int32GetDatum(own->pid);
+		nulls[1] = own->pid == 0;
+		values[4] = TimestampTzGetDatum(own->no_process_since);
+		nulls[4] = own->no_process_since == 0;
+		for (int i = 0; i < REDRIVE_MAX_HELD_BACK; i++)
+			if (own->held_back[i].until > now)
+				held_back[n_held_back++] = ObjectIdGetDatum(own->held_back[i].owner);
+	}
+	LWLockRelease(redrive_shared->lock);
+	values[5] = PointerGetDatum(construct_array(held_back, n_held_back, OIDOID, sizeof(Oid), true, TYPALIGN_INT));
+	nulls[5] = false;
+	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+}
+
+/* SQL: _library_version(), that of the library that is loaded */
+Datum
+redrive__library_version(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_TEXT_P(cstring_to_text(REDRIVE_VERSION));
 }

@@ -198,8 +198,19 @@ start_supervisors(void)
 			sleep_ms = Min(sleep_ms, Max(TimestampDifferenceMilliseconds(now, entry->retry_at), 10));
 		}
 		LWLockRelease(redrive_shared->lock);
-		if (OidIsValid(database) && !start_supervisor(database))
-			shortage = true;
+		if (OidIsValid(database))
+		{
+			bool		started = start_supervisor(database);
+
+			LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+			if (started)
+				entry->no_process_since = 0;
+			else if (entry->no_process_since == 0)
+				entry->no_process_since = now;
+			LWLockRelease(redrive_shared->lock);
+			if (!started)
+				shortage = true;
+		}
 	}
 	if (shortage && !warned)
 		ereport(WARNING,
@@ -250,5 +261,10 @@ redrive_launcher_main(Datum arg)
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
 		ResetLatch(MyLatch);
 	}
-	proc_exit(0);
+
+	/*
+	 * with 0 the postmaster would not start it again after
+	 * pg_terminate_backend
+	 */
+	proc_exit(1);
 }

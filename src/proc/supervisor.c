@@ -55,13 +55,6 @@ typedef struct Started
 	BackgroundWorkerHandle *handle;
 } Started;
 
-/* A role whose executors end at once, for example because it cannot log in. */
-typedef struct Penalty
-{
-	Oid			owner;
-	TimestampTz until;
-} Penalty;
-
 static RedriveSql list_owners = {
 	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
 	" FROM redrive._candidates($1) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
@@ -75,7 +68,8 @@ static RedriveSql next_due = {
 
 static MemoryContext supervisor_cxt;	/* what outlives a turn of the loop */
 static List *executors = NIL;	/* of Started */
-static List *penalties = NIL;	/* of Penalty */
+static RedriveDatabase *own_entry = NULL;	/* in shared memory, ours while we
+											 * live */
 
 static void
 leave_shmem(int code, Datum arg)
@@ -113,25 +107,29 @@ extension_present(void)
 	return present;
 }
 
-/* Is there a penalty for this role?  Forgets those that are over. */
+/* Is this role held back?  InvalidOid = is any. */
 static bool
-has_penalty(Oid owner, TimestampTz now)
+is_held_back(Oid owner, TimestampTz now)
 {
-	ListCell   *lc;
-
-	foreach(lc, penalties)
-	{
-		Penalty    *penalty = lfirst(lc);
-
-		if (penalty->until <= now)
-		{
-			penalties = foreach_delete_current(penalties, lc);
-			pfree(penalty);
-		}
-		else if (penalty->owner == owner)
+	for (int i = 0; i < REDRIVE_MAX_HELD_BACK; i++)
+		if (own_entry->held_back[i].until > now &&
+			(own_entry->held_back[i].owner == owner || !OidIsValid(owner)))
 			return true;
-	}
 	return false;
+}
+
+/* Start no executor of this role for a while. */
+static void
+hold_back(Oid owner, TimestampTz now)
+{
+	RedriveHeldBack *place = &own_entry->held_back[0];
+
+	/* the one that has waited longest makes room */
+	for (int i = 1; i < REDRIVE_MAX_HELD_BACK; i++)
+		if (own_entry->held_back[i].until < place->until)
+			place = &own_entry->held_back[i];
+	place->owner = owner;
+	place->until = now + PENALTY_US;
 }
 
 /*
@@ -156,16 +154,8 @@ reap_executors(void)
 		if (started->slot->generation == started->generation && started->slot->state == SLOT_STARTING)
 			redrive_slot_free(started->slot);
 		if (started->slot->generation == started->generation && !started->slot->clean_exit &&
-			now - started->started_at < QUICK_END_US && !has_penalty(started->owner, now))
-		{
-			MemoryContext old_cxt = MemoryContextSwitchTo(supervisor_cxt);
-			Penalty    *penalty = palloc(sizeof(Penalty));
-
-			penalty->owner = started->owner;
-			penalty->until = now + PENALTY_US;
-			penalties = lappend(penalties, penalty);
-			MemoryContextSwitchTo(old_cxt);
-		}
+			now - started->started_at < QUICK_END_US && !is_held_back(started->owner, now))
+			hold_back(started->owner, now);
 		executors = foreach_delete_current(executors, lc);
 		pfree(started->handle);
 		pfree(started);
@@ -173,9 +163,12 @@ reap_executors(void)
 	return any;
 }
 
-/* Register an executor; false when there is no slot or no worker process. */
+/*
+ * Register an executor; false when there is no slot, or no worker process:
+ * then no_process is set.
+ */
 static bool
-start_executor(Oid owner)
+start_executor(Oid owner, bool *no_process)
 {
 	BackgroundWorker worker = {0};
 	MemoryContext old_cxt;
@@ -206,6 +199,7 @@ start_executor(Oid owner)
 		pfree(started);
 		MemoryContextSwitchTo(old_cxt);
 		redrive_slot_free(slot);
+		*no_process = true;
 		return false;
 	}
 	executors = lappend(executors, started);
@@ -291,10 +285,10 @@ dispatch(void)
 	uint64		rows;
 	bool		isnull;
 	bool		starved = false;
+	bool		no_process = false;
 	int64		ms;
 	Datum		values[1];
 	static TimestampTz starved_at = 0;	/* last time seen */
-	RedriveDatabase *entry;
 
 	values[0] = TimestampTzGetDatum(now);
 	rows = redrive_sql(&list_owners, values, NULL);
@@ -304,9 +298,9 @@ dispatch(void)
 	{
 		Oid			owner = lfirst_oid(lc);
 
-		if (has_penalty(owner, now) || count_available(owner) > 0)
+		if (is_held_back(owner, now) || count_available(owner) > 0)
 			continue;
-		if (!start_executor(owner) && ask_for_place(owner))
+		if (!start_executor(owner, &no_process) && ask_for_place(owner))
 			starved = true;
 	}
 	/* once per condition: again only when it had cleared for a while */
@@ -318,11 +312,11 @@ dispatch(void)
 	if (starved)
 		starved_at = now;
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId, false);
-	if (entry != NULL)
-	{
-		entry->errors = 0;
-	}
+	own_entry->errors = 0;
+	if (!no_process)
+		own_entry->no_process_since = 0;
+	else if (own_entry->no_process_since == 0)
+		own_entry->no_process_since = now;
 	LWLockRelease(redrive_shared->lock);
 
 	redrive_sql_one_row(&next_due, values, NULL);
@@ -330,7 +324,7 @@ dispatch(void)
 	(void) redrive_column(0, "ms", &isnull);
 	if (isnull || ms > TICK_MS)
 		ms = TICK_MS;
-	if (starved || penalties != NIL)
+	if (starved || no_process || is_held_back(InvalidOid, now))
 		ms = Min(ms, 1000);
 	return (long) Max(ms + 1, 1);
 }
@@ -359,6 +353,7 @@ redrive_supervisor_main(Datum arg)
 	{
 		entry->pid = MyProcPid;
 		entry->latch = MyLatch;
+		own_entry = entry;
 	}
 	LWLockRelease(redrive_shared->lock);
 	if (taken)
