@@ -4,6 +4,7 @@
 #   make installcheck         run the installed extension's tests on private servers (not as root)
 #   make DEV=1                warnings are errors, our assertions are on
 #   make bench, make demo     see bench/ and scripts/demo
+#   make nightly              faults at 200 random moments instead of 20
 # scripts/check does all of it in a scratch directory and installs nothing.
 
 EXTENSION   = pg_redrive
@@ -63,7 +64,7 @@ $(DATA_built): $(SQL_PARTS) $(EXTENSION).control
 # PGXS does not track headers
 $(OBJS): $(wildcard src/*.h src/*/*.h) $(EXTENSION).control
 
-.PHONY: layout bench demo
+.PHONY: layout bench demo nightly
 layout:
 	rm -rf tmp_layout tmp_regress tmp_isolation
 	mkdir tmp_layout tmp_regress tmp_isolation
@@ -74,3 +75,6 @@ bench:
 
 demo:
 	scripts/demo
+
+nightly:
+	scripts/nightly

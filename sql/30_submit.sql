@@ -3,6 +3,9 @@
 CREATE FUNCTION redrive._wake(role oid) RETURNS void
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__wake';
 
+CREATE FUNCTION redrive._wake_supervisor() RETURNS void
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive__wake_supervisor';
+
 CREATE FUNCTION redrive.submit(handler text, payloads jsonb[], keys text[] DEFAULT NULL, run_at timestamptz DEFAULT NULL,
     priority int DEFAULT 0, label text DEFAULT NULL, idempotency_key text DEFAULT NULL) RETURNS bigint
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_submit';

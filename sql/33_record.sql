@@ -14,6 +14,7 @@ DECLARE
     s record;
     v_live boolean;
     v_waiting bigint;
+    v_next timestamptz;
 BEGIN
     SELECT * INTO b FROM redrive.batches WHERE batch_id = p_batch_id FOR UPDATE;
     IF NOT FOUND THEN
@@ -39,6 +40,17 @@ BEGIN
             last_progress_at = clock_timestamp()
         WHERE batch_id = p_batch_id
         RETURNING * INTO b;
+    END IF;
+    IF s.chunks > 0 AND b.waiting > 0 AND b.state IN ('running', 'retrying', 'paused') THEN
+        -- A retry that was claimed while a worker had failures not yet committed
+        -- did not see them, and took them out of next_retry_at.
+        SELECT min(f.next_attempt_at) INTO v_next
+        FROM redrive.failures AS f
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting';
+        IF v_next < b.next_retry_at OR (v_next IS NOT NULL AND b.next_retry_at IS NULL) THEN
+            UPDATE redrive.batches SET next_retry_at = v_next WHERE batch_id = p_batch_id RETURNING * INTO b;
+            PERFORM redrive._wake_supervisor();
+        END IF;
     END IF;
 
     IF b.run_no > 1 AND redrive._judge_canary(b) THEN

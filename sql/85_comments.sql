@@ -461,3 +461,4 @@ COMMENT ON FUNCTION redrive._why_workers IS 'Workers of a batch, what they are i
 COMMENT ON FUNCTION redrive._canary IS 'How many canary items of a batch succeeded, and how many may yet';
 COMMENT ON FUNCTION redrive._judge_canary IS 'Let the held items of a redrive follow its canary, or not';
 COMMENT ON FUNCTION redrive._run_again IS 'Take failed items of a batch up again';
+COMMENT ON FUNCTION redrive._wake_supervisor IS 'Let the supervisor see at commit when the next work is due';

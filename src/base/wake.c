@@ -31,6 +31,7 @@ static bool supervisor = false; /* something becomes due that it has to wait
 								 * for */
 
 PG_FUNCTION_INFO_V1(redrive__wake);
+PG_FUNCTION_INFO_V1(redrive__wake_supervisor);
 PG_FUNCTION_INFO_V1(redrive__created);
 PG_FUNCTION_INFO_V1(redrive__preloaded);
 
@@ -187,6 +188,14 @@ Datum
 redrive__wake(PG_FUNCTION_ARGS)
 {
 	redrive_wake_at_commit(PG_GETARG_OID(0), 0);
+	PG_RETURN_VOID();
+}
+
+/* SQL: _wake_supervisor() */
+Datum
+redrive__wake_supervisor(PG_FUNCTION_ARGS)
+{
+	redrive_wake_supervisor_at_commit();
 	PG_RETURN_VOID();
 }
 

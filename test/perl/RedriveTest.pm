@@ -11,7 +11,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit
-  create_effects set_gate batch_is verified_ok);
+  create_effects create_await set_gate batch_is verified_ok);
 
 # Seconds that one wait may take.
 my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
@@ -172,6 +172,30 @@ BEGIN
     END LOOP;
 END $$;
 GRANT SELECT, INSERT ON effects, gates TO PUBLIC;
+});
+	return;
+}
+
+# Create the procedure await(condition): it returns when the query is true, at most
+# some milliseconds later, or after a minute.  For moments that poll_until would miss.
+sub create_await
+{
+	my ($node, $dbname) = @_;
+
+	$node->safe_psql(
+		$dbname // 'postgres', q{
+CREATE PROCEDURE await(condition text) LANGUAGE plpgsql AS $$
+DECLARE
+    bound timestamptz := clock_timestamp() + interval '1 min';
+    reached boolean := false;
+BEGIN
+    LOOP
+        EXECUTE condition INTO reached;
+        EXIT WHEN reached OR clock_timestamp() > bound;
+        COMMIT;
+        PERFORM pg_catalog.pg_sleep(0.001);
+    END LOOP;
+END $$;
 });
 	return;
 }
