@@ -232,6 +232,7 @@ BEGIN
                  WHEN w.launcher_pid IS NULL THEN 'The process "redrive launcher" is not there.'
                  ELSE 'The process "redrive supervisor" of this database is not there.' END,
             CASE WHEN w.no_process_since IS NOT NULL THEN 'ALTER SYSTEM SET max_worker_processes = ...; and restart the server'
+                 WHEN w.launcher_pid IS NULL THEN 'look in the server log; if it says "too many background workers", increase max_worker_processes and restart the server'
                  ELSE 'look in the server log for its errors; it is started again within a minute' END);
         RETURN;
     END IF;
@@ -246,7 +247,7 @@ BEGIN
         v_blocked := true;
     END IF;
     IF h.owner::oid = ANY (w.held_back) THEN
-        RETURN QUERY VALUES ('executors end at once', format('Executors of role %s end as soon as they are started; this is tried again every 10 s.', h.owner),
+        RETURN QUERY VALUES ('executors end at once', format('Executors of role %s end as soon as they are started; this is tried again after a while, a minute at most.', h.owner),
             'look in the server log for their error');
         v_blocked := true;
     END IF;

@@ -35,7 +35,7 @@ BEGIN
                     redrive._seconds(w.no_process_since), current_setting('max_worker_processes')),
                 'ALTER SYSTEM SET max_worker_processes = ...; and restart the server');
         ELSIF w.launcher_pid IS NULL THEN
-            RETURN QUERY VALUES ('error', 'The process "redrive launcher" is not there.', 'look in the server log for its errors; it is started again after a second');
+            RETURN QUERY VALUES ('error', 'The process "redrive launcher" is not there.', 'look in the server log; if it says "too many background workers", increase max_worker_processes and restart the server');
         ELSIF w.supervisor_pid IS NULL THEN
             RETURN QUERY VALUES ('error', 'The process "redrive supervisor" of this database is not there.',
                 'look in the server log for its errors; it is started again within a minute, if redrive.max_databases is high enough');

@@ -168,29 +168,41 @@ redrive_count_executors(void)
 	return count;
 }
 
+/* Return the entry of a database, or NULL.  Needs the lock. */
+RedriveDatabase *
+redrive_find_database(Oid database)
+{
+	for (int i = 0; i < redrive_max_databases; i++)
+		if (redrive_shared->databases[i].database == database)
+			return &redrive_shared->databases[i];
+	return NULL;
+}
+
 /*
- * Find the entry of a database, or make one.  Needs the lock, exclusive to
- * make one.
+ * Return the entry of a database; a new one, if need be.
  *
- * Returns NULL when there is none, or no room for one.
+ * make_room: in place of a database that has neither the extension nor a
+ * process of ours, if no entry is free.  Returns NULL when there is no room.
+ * Needs the lock, exclusive.
  */
 RedriveDatabase *
-redrive_find_database(Oid database, bool create)
+redrive_enter_database(Oid database, bool make_room)
 {
-	RedriveDatabase *free_entry = NULL;
+	RedriveDatabase *entry = redrive_find_database(database);
 
-	for (int i = 0; i < redrive_max_databases; i++)
+	if (entry != NULL)
+		return entry;
+	entry = redrive_find_database(InvalidOid);
+	for (int i = 0; entry == NULL && make_room && i < redrive_max_databases; i++)
 	{
-		RedriveDatabase *entry = &redrive_shared->databases[i];
+		RedriveDatabase *other = &redrive_shared->databases[i];
 
-		if (entry->database == database)
-			return entry;
-		if (free_entry == NULL && !OidIsValid(entry->database))
-			free_entry = entry;
+		if (other->pid == 0 && !other->present && !other->probe)
+			entry = other;
 	}
-	if (!create || free_entry == NULL)
+	if (entry == NULL)
 		return NULL;
-	memset(free_entry, 0, sizeof(RedriveDatabase));
-	free_entry->database = database;
-	return free_entry;
+	memset(entry, 0, sizeof(RedriveDatabase));
+	entry->database = database;
+	return entry;
 }

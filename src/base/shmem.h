@@ -62,6 +62,7 @@ typedef struct RedriveHeldBack
 {
 	Oid			owner;
 	TimestampTz until;			/* no executor before that; past = not held */
+	int			times;			/* executors in a row that ended at once */
 } RedriveHeldBack;
 
 /* A database that may have the extension. */
@@ -72,6 +73,8 @@ typedef struct RedriveDatabase
 	bool		probe;			/* the launcher shall (re)start a supervisor */
 	pid_t		pid;			/* of the supervisor, 0 = none */
 	Latch	   *latch;
+	pid_t		kept_by;		/* session whose transaction needs the
+								 * database to itself, 0 = none */
 	TimestampTz retry_at;		/* not before this time, after an error */
 	int			errors;			/* supervisors in a row that ended in one */
 	TimestampTz no_process_since;	/* a worker was wanted and there was no
@@ -97,6 +100,7 @@ extern RedriveSlot *redrive_slot_take(Oid database, Oid owner, bool foreground);
 extern void redrive_slot_attach(RedriveSlot *slot);
 extern void redrive_slot_free(RedriveSlot *slot);
 extern int	redrive_count_executors(void);
-extern RedriveDatabase *redrive_find_database(Oid database, bool create);
+extern RedriveDatabase *redrive_find_database(Oid database);
+extern RedriveDatabase *redrive_enter_database(Oid database, bool make_room);
 
 #endif							/* REDRIVE_SHMEM_H */

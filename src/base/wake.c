@@ -41,7 +41,7 @@ wake_supervisor(void)
 	RedriveDatabase *database;
 
 	LWLockAcquire(redrive_shared->lock, LW_SHARED);
-	database = redrive_find_database(MyDatabaseId, false);
+	database = redrive_find_database(MyDatabaseId);
 	if (database != NULL && database->latch != NULL)
 		SetLatch(database->latch);
 	LWLockRelease(redrive_shared->lock);
@@ -171,7 +171,7 @@ redrive_wake_launcher(void)
 	RedriveDatabase *database;
 
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	database = redrive_find_database(MyDatabaseId, true);
+	database = redrive_enter_database(MyDatabaseId, true);
 	if (database != NULL)
 	{
 		database->probe = true;

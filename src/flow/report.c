@@ -142,7 +142,7 @@ redrive__processes(PG_FUNCTION_ARGS)
 	values[2] = Int32GetDatum(databases);
 	values[3] = Int32GetDatum(redrive_count_executors());
 	nulls[2] = nulls[3] = false;
-	own = redrive_find_database(MyDatabaseId, false);
+	own = redrive_find_database(MyDatabaseId);
 	if (own != NULL)
 	{
 		values[1] = Int32GetDatum(own->pid);

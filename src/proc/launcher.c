@@ -36,10 +36,13 @@
 #include "base/xact.h"
 #include "proc/launcher.h"
 
-/* New databases, made from a template that has the extension, are found so often. */
+/* A look at all databases, for those that are new, at least so often. */
 #define SCAN_MS 60000
 #define RESTART_US 1000000
 #define RESTART_MAX_US INT64CONST(60000000)
+
+/* A shortage that comes back sooner than this is the same one. */
+#define CLEARED_US INT64CONST(60000000)
 
 /* Register the launcher; called while preloading. */
 void
@@ -68,7 +71,7 @@ leave_shmem(int code, Datum arg)
 	LWLockRelease(redrive_shared->lock);
 }
 
-/* Return the databases that can be connected to, as a list of oids in cxt. */
+/* Return the databases that can be connected to, as a sorted list of oids in cxt. */
 static List *
 list_databases(MemoryContext cxt)
 {
@@ -84,7 +87,8 @@ list_databases(MemoryContext cxt)
 	{
 		Form_pg_database form = (Form_pg_database) GETSTRUCT(tuple);
 
-		if (form->datallowconn && !form->datistemplate)
+		/* a limit of -2 says that dropping it was not completed */
+		if (form->datallowconn && !form->datistemplate && form->datconnlimit >= -1)
 		{
 			MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 
@@ -95,18 +99,34 @@ list_databases(MemoryContext cxt)
 	table_endscan(scan);
 	table_close(rel, AccessShareLock);
 	redrive_catalog_end();
+	list_sort(result, list_oid_cmp);
 	return result;
 }
 
-/* Bring shared memory in line with the databases there are. */
+/*
+ * Bring shared memory in line with the databases there are.
+ *
+ * When there are more of them than entries, those without one take turns, once
+ * per SCAN_MS each, in the place of one that does not have the extension.
+ */
 static void
 scan_databases(MemoryContext cxt)
 {
+	static TimestampTz round_began = 0;
+	static Oid	looked_to = InvalidOid; /* in this round, in the order of oids */
+	static bool warned = false;
+	TimestampTz now = GetCurrentTimestamp();
 	List	   *databases = list_databases(cxt);
 	ListCell   *lc;
-	static bool warned = false;
-	bool		full = false;
+	bool		any_left_out = false;
+	bool		turn_is_over = false;
+	int			present = 0;
 
+	if (TimestampDifferenceExceeds(round_began, now, SCAN_MS))
+	{
+		round_began = now;
+		looked_to = InvalidOid;
+	}
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < redrive_max_databases; i++)
 	{
@@ -119,33 +139,42 @@ scan_databases(MemoryContext cxt)
 	}
 	foreach(lc, databases)
 	{
-		RedriveDatabase *entry = redrive_find_database(lfirst_oid(lc), false);
+		Oid			database = lfirst_oid(lc);
+		bool		has_turn = database > looked_to && !turn_is_over;
 
-		if (entry != NULL)
-			continue;
-		entry = redrive_find_database(lfirst_oid(lc), true);
-		for (int i = 0; entry == NULL && i < redrive_max_databases; i++)
+		if (redrive_find_database(database) == NULL)
 		{
-			/* make room: one without the extension is looked at again later */
-			if (redrive_shared->databases[i].pid == 0 && !redrive_shared->databases[i].present &&
-				!redrive_shared->databases[i].probe)
+			RedriveDatabase *entry = redrive_enter_database(database, has_turn);
+
+			if (entry != NULL)
+				entry->probe = true;
+			else
 			{
-				memset(&redrive_shared->databases[i], 0, sizeof(RedriveDatabase));
-				entry = redrive_find_database(lfirst_oid(lc), true);
+				any_left_out = true;
+				/* until a supervisor that looks now has ended */
+				if (has_turn)
+					turn_is_over = true;
 			}
 		}
-		if (entry == NULL)
-			full = true;
-		else
-			entry->probe = true;
+		if (has_turn && !turn_is_over)
+			looked_to = database;
 	}
+	for (int i = 0; i < redrive_max_databases; i++)
+		if (redrive_shared->databases[i].present)
+			present++;
 	LWLockRelease(redrive_shared->lock);
-	if (full && !warned)
+
+	if (any_left_out && present == redrive_max_databases && !warned)
+	{
 		ereport(WARNING,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("not all databases can have pg_redrive workers"),
+				 errdetail("%d databases have the extension, others cannot be looked at.", present),
 				 errhint("Increase redrive.max_databases, now %d.", redrive_max_databases)));
-	warned = full;
+		warned = true;
+	}
+	else if (!any_left_out)
+		warned = false;
 }
 
 /* Register a supervisor; false when there is no free worker process. */
@@ -169,15 +198,16 @@ start_supervisor(Oid database)
 /*
  * Start the supervisors that are due; return how long to sleep in ms.
  *
- * An entry with probe set and no pid gets one.  The entry's pid is set by the
- * supervisor; until then retry_at keeps us from starting a second one.
+ * An entry with probe set and no pid gets one, unless a session needs the
+ * database to itself.  The entry's pid is set by the supervisor; until then
+ * retry_at keeps us from starting a second one.
  */
 static long
 start_supervisors(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	long		sleep_ms = SCAN_MS;
-	static bool warned = false;
+	static TimestampTz short_at = 0;	/* last time seen */
 	bool		shortage = false;
 
 	for (int i = 0; i < redrive_max_databases; i++)
@@ -186,7 +216,7 @@ start_supervisors(void)
 		Oid			database = InvalidOid;
 
 		LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-		if (OidIsValid(entry->database) && entry->pid == 0 && entry->probe)
+		if (OidIsValid(entry->database) && entry->pid == 0 && entry->probe && entry->kept_by == 0)
 		{
 			if (entry->retry_at <= now)
 			{
@@ -205,20 +235,28 @@ start_supervisors(void)
 			LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 			if (started)
 				entry->no_process_since = 0;
-			else if (entry->no_process_since == 0)
-				entry->no_process_since = now;
-			LWLockRelease(redrive_shared->lock);
-			if (!started)
+			else
+			{
+				if (entry->no_process_since == 0)
+					entry->no_process_since = now;
+				/* not the fault of the database: no longer delay than once */
+				entry->retry_at = now + RESTART_US;
+				entry->errors--;
+				sleep_ms = Min(sleep_ms, RESTART_US / 1000);
 				shortage = true;
+			}
+			LWLockRelease(redrive_shared->lock);
 		}
 	}
-	if (shortage && !warned)
+	/* once per condition: again only when it had cleared for a while */
+	if (shortage && now - short_at > CLEARED_US)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("could not start a pg_redrive supervisor"),
 				 errdetail("There is no free background worker process."),
 				 errhint("Increase max_worker_processes, now %d.", max_worker_processes)));
-	warned = shortage;
+	if (shortage)
+		short_at = now;
 	return sleep_ms;
 }
 

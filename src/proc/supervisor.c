@@ -28,6 +28,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/backoff.h"
 #include "base/compat.h"
 #include "base/guc.h"
 #include "base/shmem.h"
@@ -38,9 +39,13 @@
 
 #define TICK_MS 30000
 
-/* An executor that ends within this time did not work; its role waits. */
+/* An executor that ends within this time did not work; its role waits, longer each time. */
 #define QUICK_END_US 1000000
-#define PENALTY_US 10000000
+#define PENALTY_US 1000000
+#define PENALTY_MAX_US INT64CONST(60000000)
+
+/* How often to see whether a role that could not connect now can. */
+#define UNABLE_MS 10000
 
 /* A shortage that comes back sooner than this is the same one. */
 #define CLEARED_US INT64CONST(60000000)
@@ -55,10 +60,24 @@ typedef struct Started
 	BackgroundWorkerHandle *handle;
 } Started;
 
+/* A role that has work. */
+typedef struct Candidate
+{
+	Oid			owner;
+	char	   *name;
+	char	   *trouble;		/* why it could not connect, or NULL */
+} Candidate;
+
 static RedriveSql list_owners = {
-	"SELECT c.owner, max(c.priority) AS priority, min(c.due) AS due"
-	" FROM redrive._candidates($1) AS c GROUP BY c.owner ORDER BY 2 DESC, 3",
-	1, {TIMESTAMPTZOID}
+	"SELECT c.owner, c.owner::regrole::text AS name,"
+	" CASE WHEN r.oid IS NULL THEN 'The role has been dropped.'"
+	" WHEN $2 AND NOT r.rolcanlogin THEN 'The role may not log in.'"
+	" WHEN NOT has_database_privilege(r.oid, current_database(), 'CONNECT') THEN 'The role may not connect to this database.'"
+	" END AS trouble"
+	" FROM (SELECT x.owner, max(x.priority) AS priority, min(x.due) AS due FROM redrive._candidates($1) AS x GROUP BY x.owner) AS c"
+	" LEFT JOIN pg_roles AS r ON r.oid = c.owner"
+	" ORDER BY c.priority DESC, c.due",
+	2, {TIMESTAMPTZOID, BOOLOID}
 };
 
 static RedriveSql next_due = {
@@ -68,6 +87,7 @@ static RedriveSql next_due = {
 
 static MemoryContext supervisor_cxt;	/* what outlives a turn of the loop */
 static List *executors = NIL;	/* of Started */
+static List *unable = NIL;		/* roles that could not connect; said so */
 static RedriveDatabase *own_entry = NULL;	/* in shared memory, ours while we
 											 * live */
 
@@ -77,7 +97,7 @@ leave_shmem(int code, Datum arg)
 	RedriveDatabase *entry;
 
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId, false);
+	entry = redrive_find_database(MyDatabaseId);
 	if (entry != NULL && entry->pid == MyProcPid)
 	{
 		entry->pid = 0;
@@ -97,7 +117,7 @@ extension_present(void)
 	RedriveDatabase *entry;
 
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId, false);
+	entry = redrive_find_database(MyDatabaseId);
 	if (entry != NULL)
 	{
 		entry->present = present;
@@ -118,18 +138,30 @@ is_held_back(Oid owner, TimestampTz now)
 	return false;
 }
 
-/* Start no executor of this role for a while. */
+/* Start no executor of this role for a while: longer each time in a row. */
 static void
 hold_back(Oid owner, TimestampTz now)
 {
 	RedriveHeldBack *place = &own_entry->held_back[0];
 
 	/* the one that has waited longest makes room */
-	for (int i = 1; i < REDRIVE_MAX_HELD_BACK; i++)
-		if (own_entry->held_back[i].until < place->until)
+	for (int i = 1; i < REDRIVE_MAX_HELD_BACK && place->owner != owner; i++)
+		if (own_entry->held_back[i].until < place->until || own_entry->held_back[i].owner == owner)
 			place = &own_entry->held_back[i];
+	if (place->owner != owner)
+		place->times = 0;
 	place->owner = owner;
-	place->until = now + PENALTY_US;
+	place->until = now + redrive_backoff(PENALTY_US, 2, PENALTY_MAX_US, place->times, owner);
+	place->times++;
+}
+
+/* An executor of this role has worked. */
+static void
+do_not_hold_back(Oid owner)
+{
+	for (int i = 0; i < REDRIVE_MAX_HELD_BACK; i++)
+		if (own_entry->held_back[i].owner == owner)
+			memset(&own_entry->held_back[i], 0, sizeof(RedriveHeldBack));
 }
 
 /*
@@ -154,8 +186,13 @@ reap_executors(void)
 		if (started->slot->generation == started->generation && started->slot->state == SLOT_STARTING)
 			redrive_slot_free(started->slot);
 		if (started->slot->generation == started->generation && !started->slot->clean_exit &&
-			now - started->started_at < QUICK_END_US && !is_held_back(started->owner, now))
-			hold_back(started->owner, now);
+			now - started->started_at < QUICK_END_US)
+		{
+			if (!is_held_back(started->owner, now))
+				hold_back(started->owner, now);
+		}
+		else
+			do_not_hold_back(started->owner);
 		executors = foreach_delete_current(executors, lc);
 		pfree(started->handle);
 		pfree(started);
@@ -273,6 +310,30 @@ ask_for_place(Oid owner)
 }
 
 /*
+ * Is there no use in starting an executor of this role?  It would only fill the
+ * log with the server's errors; we say so once.
+ */
+static bool
+is_unable(Candidate *candidate)
+{
+	const bool	known = list_member_oid(unable, candidate->owner);
+	MemoryContext old_cxt = MemoryContextSwitchTo(supervisor_cxt);
+
+	if (candidate->trouble == NULL)
+		unable = list_delete_oid(unable, candidate->owner);
+	else if (!known)
+		unable = lappend_oid(unable, candidate->owner);
+	MemoryContextSwitchTo(old_cxt);
+	if (candidate->trouble != NULL && !known)
+		ereport(WARNING,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("pg_redrive has work of role \"%s\" but cannot start an executor for it", candidate->name),
+				 errdetail("%s", candidate->trouble),
+				 errhint("Work goes on when that has changed; redrive.doctor() tells what to do.")));
+	return candidate->trouble != NULL;
+}
+
+/*
  * Start an executor for each role that has work and none looking for it.
  * Returns how long to sleep in ms.
  */
@@ -287,20 +348,32 @@ dispatch(void)
 	bool		starved = false;
 	bool		no_process = false;
 	int64		ms;
-	Datum		values[1];
+	bool		any_unable = false;
+	Datum		values[2];
 	static TimestampTz starved_at = 0;	/* last time seen */
 
 	values[0] = TimestampTzGetDatum(now);
+	values[1] = BoolGetDatum(REDRIVE_OWNER_NEEDS_LOGIN);
 	rows = redrive_sql(&list_owners, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
-		owners = lappend_oid(owners, DatumGetObjectId(redrive_column(row, "owner", &isnull)));
+	{
+		Candidate  *candidate = palloc(sizeof(Candidate));
+
+		candidate->owner = DatumGetObjectId(redrive_column(row, "owner", &isnull));
+		candidate->name = redrive_text(row, "name", CurrentMemoryContext);
+		candidate->trouble = redrive_text(row, "trouble", CurrentMemoryContext);
+		owners = lappend(owners, candidate);
+	}
 	foreach(lc, owners)
 	{
-		Oid			owner = lfirst_oid(lc);
+		Candidate  *candidate = lfirst(lc);
+		Oid			owner = candidate->owner;
 
 		if (is_held_back(owner, now) || count_available(owner) > 0)
 			continue;
-		if (!start_executor(owner, &no_process) && ask_for_place(owner))
+		if (is_unable(candidate))
+			any_unable = true;
+		else if (!start_executor(owner, &no_process) && ask_for_place(owner))
 			starved = true;
 	}
 	/* once per condition: again only when it had cleared for a while */
@@ -326,6 +399,8 @@ dispatch(void)
 		ms = TICK_MS;
 	if (starved || no_process || is_held_back(InvalidOid, now))
 		ms = Min(ms, 1000);
+	if (any_unable)
+		ms = Min(ms, UNABLE_MS);
 	return (long) Max(ms + 1, 1);
 }
 
@@ -347,8 +422,9 @@ redrive_supervisor_main(Datum arg)
 	supervisor_cxt = AllocSetContextCreate(TopMemoryContext, "redrive supervisor", ALLOCSET_DEFAULT_SIZES);
 
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId, true);
-	taken = entry == NULL || entry->pid != 0;
+	entry = redrive_enter_database(MyDatabaseId, true);
+	/* or a session needs the database to itself, since we were started */
+	taken = entry == NULL || entry->pid != 0 || entry->kept_by != 0;
 	if (!taken)
 	{
 		entry->pid = MyProcPid;

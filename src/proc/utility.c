@@ -6,8 +6,7 @@
  * DROP DATABASE, CREATE DATABASE ... TEMPLATE, and ALTER DATABASE that renames
  * or moves one are refused while anybody is connected, and DROP EXTENSION locks
  * our tables one by one.  Our workers leave the database before such a command of
- * its owner runs; the launcher starts them again some seconds later if there is
- * something for them.
+ * its owner runs; the launcher starts them again when its transaction has ended.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,6 +14,7 @@
 
 #include <signal.h>
 
+#include "access/xact.h"
 #include "catalog/namespace.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
@@ -32,12 +32,13 @@
 #include "flow/segment.h"
 #include "proc/utility.h"
 
-/* How long the workers stay away, and how long we wait for them to go. */
-#define STAY_AWAY_US 10000000
+/* How long we wait for the workers to go. */
 #define LEAVE_ATTEMPTS 500
 #define LEAVE_NAP_MS 10
 
 static ProcessUtility_hook_type previous_utility_hook = NULL;
+static bool callback_registered = false;
+static bool is_waited_for = false;	/* the launcher has to do at its end */
 
 /* Return the name of the database that the command needs for itself, or NULL. */
 static const char *
@@ -66,37 +67,74 @@ database_of(Node *stmt)
 	}
 }
 
-/* Send our workers of a database away; returns whether any is left. */
+/*
+ * Send our workers of a database away, and keep them away until the transaction
+ * ends; returns whether any is left.  To be called again, as one may just be
+ * starting.
+ */
 static bool
-dismiss_workers(Oid database, bool first)
+dismiss_workers(Oid database)
 {
 	bool		any = false;
 	RedriveDatabase *entry;
 
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(database, false);
+	entry = redrive_find_database(database);
 	if (entry != NULL)
 	{
-		entry->retry_at = GetCurrentTimestamp() + STAY_AWAY_US;
+		entry->kept_by = MyProcPid;
 		if (entry->pid != 0)
 		{
 			any = true;
-			if (first)
-				kill(entry->pid, SIGTERM);
+			kill(entry->pid, SIGTERM);
 		}
 	}
 	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
 	{
 		RedriveSlot *slot = &redrive_shared->slots[i];
 
-		if (slot->state == SLOT_FREE || slot->foreground || slot->database != database || slot->pid == 0)
+		if (slot->state == SLOT_FREE || slot->foreground || slot->database != database)
 			continue;
 		any = true;
-		if (first)
+		slot->leave = true;
+		if (slot->pid != 0)
 			kill(slot->pid, SIGTERM);
 	}
 	LWLockRelease(redrive_shared->lock);
 	return any;
+}
+
+/* At the end of the transaction: workers may come back, to what there is now. */
+static void
+at_xact_end(XactEvent event, void *arg)
+{
+	if (!is_waited_for || (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT && event != XACT_EVENT_PREPARE))
+		return;
+	is_waited_for = false;
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < redrive_max_databases; i++)
+	{
+		RedriveDatabase *entry = &redrive_shared->databases[i];
+
+		if (entry->kept_by != MyProcPid)
+			continue;
+		entry->kept_by = 0;
+		entry->retry_at = 0;
+		entry->errors = 0;
+	}
+	/* it also looks for databases that have been made */
+	if (redrive_shared->launcher_latch != NULL)
+		SetLatch(redrive_shared->launcher_latch);
+	LWLockRelease(redrive_shared->lock);
+}
+
+static void
+act_at_xact_end(void)
+{
+	if (!callback_registered)
+		RegisterXactCallback(at_xact_end, NULL);
+	callback_registered = true;
+	is_waited_for = true;
 }
 
 /* Does the command drop or update our extension, and may the caller do that? */
@@ -125,11 +163,14 @@ make_room(Node *stmt)
 	const char *name = database_of(stmt);
 	Oid			database = name != NULL ? get_database_oid(name, true) : InvalidOid;
 
+	if (IsA(stmt, CreatedbStmt))
+		act_at_xact_end();		/* its template may have the extension */
 	if (changes_extension(stmt))
 		database = MyDatabaseId;
 	else if (!OidIsValid(database) || database == MyDatabaseId || !redrive_owns_database(database, GetUserId()))
 		return;
-	for (int i = 0; i < LEAVE_ATTEMPTS && dismiss_workers(database, i == 0); i++)
+	act_at_xact_end();
+	for (int i = 0; i < LEAVE_ATTEMPTS && dismiss_workers(database); i++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
@@ -144,7 +185,7 @@ process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 				QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
 {
 	redrive_check_user_command(pstmt->utilityStmt);
-	if (context == PROCESS_UTILITY_TOPLEVEL && redrive_shared != NULL)
+	if (context != PROCESS_UTILITY_SUBCOMMAND && redrive_shared != NULL)
 		make_room(pstmt->utilityStmt);
 	if (previous_utility_hook)
 		previous_utility_hook(pstmt, query, read_only_tree, context, params, env, dest, qc);
