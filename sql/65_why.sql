@@ -210,6 +210,7 @@ BEGIN
         RETURN QUERY VALUES ('handler paused', format('Nothing is started for handler "%s".', h.name), format('SELECT redrive.resume_handler(%L);', h.name));
     END IF;
     RETURN QUERY SELECT p.fact, p.detail, p.remedy FROM redrive._handler_problems(h.handler_id) AS p;
+    v_blocked := h.paused OR FOUND;
     IF pg_is_in_recovery() THEN
         RETURN QUERY VALUES ('standby', 'This server is a standby, workers run on the primary only.', 'ask the primary');
         RETURN;

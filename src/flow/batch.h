@@ -111,6 +111,7 @@ typedef struct RedriveChunk
 	bool		ended;			/* all of it is committed */
 	bool		commit_failed;	/* an interval of one item could not be
 								 * committed */
+	bool		function_gone;	/* the handler's function was dropped */
 	List	   *rules;			/* classification rules that matched */
 	bool		commit_each;	/* a commit failed: one item per transaction
 								 * up to alone_to */

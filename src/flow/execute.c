@@ -126,6 +126,15 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 				interval->end = resume + 1;
 			return;
 		}
+		if (result.function_gone)
+		{
+			/*
+			 * given back: the next claim takes the one of that name, or
+			 * pauses
+			 */
+			interval->stop = chunk->function_gone = true;
+			return;
+		}
 		if (result.failed < 0 && to - interval->end > 1)
 		{
 			/* a deferred constraint, of an unknown item: one by one from here */
@@ -306,7 +315,7 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 		now = GetCurrentTimestamp();
 		if (now > chunk->claimed_at)
 			slot->items_per_second = chunk->done * 1e6 / (now - chunk->claimed_at);
-		if (redrive_stop_requested() || !redrive_enabled || (deadline != 0 && now >= deadline) ||
+		if (chunk->function_gone || redrive_stop_requested() || !redrive_enabled || (deadline != 0 && now >= deadline) ||
 			now - chunk->claimed_at > MAX_CHUNK_US)
 			go_on = false;
 		CHECK_FOR_INTERRUPTS();

@@ -25,6 +25,7 @@
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
@@ -322,6 +323,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	result->failed = -1;
 	redrive_crumb->id = 0;
 	redrive_crumb->kind = CRUMB_ITEM;
+	result->function_gone = false;
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
@@ -376,6 +378,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		}
 		if (current < to)
 			result->failed = current;
+		result->function_gone = !SearchSysCacheExists1(PROCOID, ObjectIdGetDatum(call->flinfo.fn_oid));
 	}
 	PG_END_TRY();
 	redrive_crumb->kind = CRUMB_NONE;

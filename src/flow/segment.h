@@ -19,6 +19,7 @@ typedef struct SegmentResult
 	int			failed;			/* page index of the item that failed, -1 =
 								 * not known */
 	ErrorData  *error;			/* NULL = no item failed */
+	bool		function_gone;	/* dropped under our hands: no item's fault */
 } SegmentResult;
 
 /*

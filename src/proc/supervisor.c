@@ -44,9 +44,6 @@
 #define PENALTY_US 1000000
 #define PENALTY_MAX_US INT64CONST(60000000)
 
-/* How often to see whether a role that could not connect now can. */
-#define UNABLE_MS 10000
-
 /* A shortage that comes back sooner than this is the same one. */
 #define CLEARED_US INT64CONST(60000000)
 
@@ -397,10 +394,8 @@ dispatch(void)
 	(void) redrive_column(0, "ms", &isnull);
 	if (isnull || ms > TICK_MS)
 		ms = TICK_MS;
-	if (starved || no_process || is_held_back(InvalidOid, now))
+	if (starved || no_process || any_unable || is_held_back(InvalidOid, now))
 		ms = Min(ms, 1000);
-	if (any_unable)
-		ms = Min(ms, UNABLE_MS);
 	return (long) Max(ms + 1, 1);
 }
 
