@@ -140,7 +140,6 @@ CREATE TABLE redrive.chunks (
     worker_started_at timestamptz,
     rescue_count int NOT NULL DEFAULT 0,
     excused int NOT NULL DEFAULT 0,
-    suspect_to bigint,
     claim_done bigint NOT NULL DEFAULT 0,
     claimed_at timestamptz NOT NULL,
     progress_at timestamptz NOT NULL,
@@ -258,11 +257,11 @@ CREATE TABLE redrive.callbacks (
 );
 CREATE INDEX callbacks_due_idx ON redrive.callbacks (handler_id, next_attempt_at);
 
--- Items that crashed the server.
+-- Items that crashed the server, and with a count of 0 those that may have.
 CREATE TABLE redrive.crashes (
     batch_id bigint NOT NULL,
     item_no bigint NOT NULL,
-    crash_count int NOT NULL,
+    crash_count int NOT NULL DEFAULT 0,
     first_crashed_at timestamptz NOT NULL,
     last_crashed_at timestamptz NOT NULL,
     CONSTRAINT crashes_pkey PRIMARY KEY (batch_id, item_no)

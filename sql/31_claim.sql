@@ -107,10 +107,8 @@ BEGIN
             n := redrive._chunk_size(b, p_workers, c.to_no - c.done_to);
             IF c.kind = 'first' AND c.to_no - c.done_to > 2 * n THEN
                 -- too much for one worker: keep a part, leave the rest
-                INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, claimed_at, progress_at,
-                    rescue_count, excused, suspect_to)
-                VALUES (c.batch_id, c.handler_id, c.part, c.run_no, 'first', 'orphaned', c.done_to + n + 1, c.to_no, c.done_to + n, c.to_no - c.done_to - n, c.claimed_at, c.progress_at,
-                    least(c.rescue_count, 1), least(c.rescue_count, 1), c.suspect_to);
+                INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, claimed_at, progress_at)
+                VALUES (c.batch_id, c.handler_id, c.part, c.run_no, 'first', 'orphaned', c.done_to + n + 1, c.to_no, c.done_to + n, c.to_no - c.done_to - n, c.claimed_at, c.progress_at);
                 c.items := c.items - (c.to_no - c.done_to - n);
                 c.to_no := c.done_to + n;
             END IF;

@@ -106,7 +106,7 @@ SELECT x.batch_id, x.item_no, v.name AS handler, x.crash_count, x.first_crashed_
 FROM redrive.crashes AS x
 JOIN redrive.batches AS b ON b.batch_id = x.batch_id
 JOIN redrive._visible AS v ON v.handler_id = b.handler_id
-WHERE x.item_no > 0;
+WHERE x.crash_count > 0;
 
 CREATE VIEW redrive.failure_attempts WITH (security_barrier) AS
 SELECT a.batch_id, a.item_no, a.attempt, a.run_no, a.failed_at, a.error_class, a.sqlstate,

@@ -97,7 +97,6 @@ COMMENT ON COLUMN redrive.chunks.worker_pid IS 'Process that has the claim';
 COMMENT ON COLUMN redrive.chunks.worker_started_at IS 'When that process started: pids are used again';
 COMMENT ON COLUMN redrive.chunks.rescue_count IS 'How often its worker was lost';
 COMMENT ON COLUMN redrive.chunks.excused IS 'How many of these losses are explained: an item that is counted in crashes, or another process, crashed the server';
-COMMENT ON COLUMN redrive.chunks.suspect_to IS 'Items up to this number run one by one: an unexplained crash may have been of one of them';
 COMMENT ON COLUMN redrive.chunks.claim_done IS 'done when it was claimed last';
 COMMENT ON COLUMN redrive.chunks.claimed_at IS 'When the worker got it';
 COMMENT ON COLUMN redrive.chunks.progress_at IS 'Last commit of its worker';
@@ -180,10 +179,10 @@ COMMENT ON COLUMN redrive.canaries.held IS 'Numbers of the items that follow the
 COMMENT ON COLUMN redrive.canaries.decided_at IS 'When it was clear; NULL = not yet';
 COMMENT ON COLUMN redrive.canaries.released IS 'How many of the held items followed; NULL = none, as too few succeeded';
 
-COMMENT ON TABLE redrive.crashes IS 'Items that crashed the server. Read them through redrive.crashed_items';
+COMMENT ON TABLE redrive.crashes IS 'Items that crashed the server, or may have: they run alone. Read them through redrive.crashed_items';
 COMMENT ON COLUMN redrive.crashes.batch_id IS 'Batch of the item';
-COMMENT ON COLUMN redrive.crashes.item_no IS 'Number of the item in its batch; 0 = one of them may have, nobody knows which';
-COMMENT ON COLUMN redrive.crashes.crash_count IS 'How often; at two it is not run again';
+COMMENT ON COLUMN redrive.crashes.item_no IS 'Number of the item in its batch';
+COMMENT ON COLUMN redrive.crashes.crash_count IS 'How often; 0 = only suspected; at two it is not run again';
 COMMENT ON COLUMN redrive.crashes.first_crashed_at IS 'Start of the server after the first of these crashes';
 COMMENT ON COLUMN redrive.crashes.last_crashed_at IS 'Start of the server after the last of these crashes';
 
@@ -388,6 +387,7 @@ COMMENT ON FUNCTION redrive._check_cron IS 'Raise an error when pg_cron cannot b
 COMMENT ON FUNCTION redrive._check_member IS 'Raise an error unless a role has the rights of an owner';
 COMMENT ON FUNCTION redrive._chunk_size IS 'How many items a chunk gets';
 COMMENT ON FUNCTION redrive._crumbs IS 'What was executed in this database when the server crashed, until it is recorded';
+COMMENT ON FUNCTION redrive._suspect IS 'Have items run alone: one of them may have crashed the server';
 COMMENT ON FUNCTION redrive._blame IS 'Count the items and callbacks that crashed the server';
 COMMENT ON FUNCTION redrive._claim IS 'Take one chunk for a worker';
 COMMENT ON FUNCTION redrive._carve IS 'Carve the next range of items off a locked batch, as a chunk';

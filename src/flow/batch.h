@@ -81,7 +81,8 @@ typedef struct RedriveItem
 	int32		attempts;		/* made so far, the running one excluded */
 	int32		free_count;		/* of them, those that cost no retry */
 	TimestampTz first_failed_at;	/* 0 = not before */
-	int32		crash_count;	/* how often it crashed the server */
+	bool		suspect;		/* crashed the server, or may have */
+	int32		crash_count;	/* how often it did */
 	int32		at_once;		/* transient errors answered by trying at once */
 	RedriveFailure *failure;	/* set = not part of the next segment */
 } RedriveItem;
@@ -96,8 +97,7 @@ typedef struct RedriveChunk
 	int16		part;
 	int32		run_no;
 	bool		retry;			/* kind = retry */
-	bool		rescued;		/* it lost a worker, or its batch has crashed
-								 * the server */
+	bool		crashed;		/* items of the batch crashed the server */
 	RedriveItem *list;			/* items of a retry chunk, without payload and
 								 * key */
 	int			list_items;
@@ -121,7 +121,7 @@ typedef struct RedriveChunk
 	MemoryContext page_cxt;
 	RedriveItem *page;
 	int			page_items;
-	bool		suspects;		/* the page has items that crashed the server */
+	bool		suspects;		/* the page has some */
 	int			page_next;		/* first item of the page that is not
 								 * committed */
 } RedriveChunk;

@@ -38,12 +38,10 @@
 	" (extract(epoch FROM h.commit_interval) * 1000000)::bigint AS commit_interval," \
 	" h.isolation = 'item' AS one_by_one, h.on_unlock"
 
-/* The claim under which an item crashed the server may be lost with it. */
-#define HAS_CRASHED "EXISTS (SELECT FROM redrive.crashes AS x WHERE x.batch_id = c.batch_id)"
-
 static RedriveSql claim_chunk = {
 	"SELECT c.chunk_id, c.batch_id, c.part, c.run_no, c.kind = 'retry' AS retry, c.done_to, c.to_no, c.items,"
-	" c.lease_token, c.rescue_count > 0 OR " HAS_CRASHED " AS rescued, c.more," HANDLER_COLUMNS
+	" c.lease_token, c.more,"
+	" EXISTS (SELECT FROM redrive.crashes AS x WHERE x.batch_id = c.batch_id) AS crashed," HANDLER_COLUMNS
 	" FROM redrive._claim($1, $2, $3, $4, $5) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
 	5, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, BOOLOID}
 };
@@ -66,9 +64,9 @@ static RedriveSql claim_hinted = {
 	"   lease_token, worker_pid, worker_started_at, claimed_at, progress_at)"
 	"  SELECT b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', 1, b.total, 0, b.total,"
 	"   nextval('redrive.lease_tokens'), $2, $3, $6, $6 FROM b"
-	"  RETURNING chunk_id, batch_id, done_to, to_no, items, lease_token)"
+	"  RETURNING chunk_id, done_to, to_no, items, lease_token)"
 	" SELECT c.chunk_id, h.batch_id, h.part, h.run_no, false AS retry, c.done_to, c.to_no, c.items, c.lease_token,"
-	HAS_CRASHED " AS rescued, false AS more," HANDLER_COLUMNS
+	" false AS more, false AS crashed," HANDLER_COLUMNS
 	" FROM c CROSS JOIN b AS h",
 	6, {OIDOID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, TIMESTAMPTZOID}
 };
@@ -180,7 +178,7 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	chunk->part = DatumGetInt16(redrive_column(0, "part", &isnull));
 	chunk->run_no = DatumGetInt32(redrive_column(0, "run_no", &isnull));
 	chunk->retry = redrive_bool(0, "retry");
-	chunk->rescued = redrive_bool(0, "rescued");
+	chunk->crashed = redrive_bool(0, "crashed");
 	chunk->done_to = redrive_int64(0, "done_to");
 	chunk->to_no = redrive_int64(0, "to_no");
 	chunk->lease_token = redrive_int64(0, "lease_token");

@@ -171,12 +171,10 @@ unlock(RedriveChunk *chunk, int n, RedriveItem **items)
 		return;
 	for (int i = 0; i < n; i++)
 	{
-		int32		crash_count = items[i]->crash_count;
-
-		if (crash_count > 0)
+		if (items[i]->suspect)
 		{
 			/* in quarantine it was the item itself */
-			unlock_later(chunk, 1, &keys[i], NULL, crash_count < MAX_CRASHES ? crash_count : 0);
+			unlock_later(chunk, 1, &keys[i], NULL, items[i]->crash_count < MAX_CRASHES ? 1 : 0);
 			continue;
 		}
 		keys[n_now] = keys[i];
