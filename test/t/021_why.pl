@@ -159,12 +159,21 @@ $node->safe_psql('postgres', "SELECT pg_create_logical_replication_slot('unused'
 finds('warning', 'Replication slot .unused. is not in use', 'pg_drop_replication_slot', 'a slot holds vacuum back');
 $node->safe_psql('postgres', "SELECT pg_drop_replication_slot('unused')");
 
-# --- executors that end at once
+# --- executors that end at once: they cannot keep books
+$node->safe_psql('postgres', q{
+CREATE FUNCTION break_books() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no books today'; END $$;
+CREATE TRIGGER break_books BEFORE INSERT ON redrive.chunks FOR EACH ROW EXECUTE FUNCTION break_books()});
+submit('a', 'broken', 1);
+says('broken', 'executors end at once', 'of role alice', 'server log', 'executors end at once: why() says so');
+finds('error', 'Executors of role alice end', 'server log', 'executors end at once: doctor() says so');
+$node->safe_psql('postgres', 'DROP FUNCTION break_books() CASCADE');
+batch_is($node, 'broken');
+
+# --- an owner that has no right to connect
 $node->safe_psql('postgres', q{REVOKE CONNECT ON DATABASE postgres FROM PUBLIC; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'redrive executor'});
 submit('a', 'refused', 1);
-says('refused', 'executors end at once', 'of role alice', 'server log', 'executors end at once: why() says so');
-finds('error', 'Executors of role alice end', 'server log', 'executors end at once: doctor() says so');
-$node->safe_psql('postgres', 'GRANT CONNECT ON DATABASE postgres TO PUBLIC');
+says('refused', 'owner cannot connect', 'Role alice', 'GRANT CONNECT', 'the owner has no right to connect: why() says so');
+finds('error', 'Role alice, .* has no right to connect', 'GRANT CONNECT', 'the owner has no right to connect: doctor() says so');
 
 # --- a process is gone, and the postmaster, held, cannot start it again
 my $postmaster = (split /\n/, slurp_file($node->data_dir . '/postmaster.pid'))[0];
@@ -189,6 +198,7 @@ foreach my $gone ('redrive supervisor', 'redrive launcher', 'pg_cron launcher')
 }
 $session->quit;
 $node->safe_psql('postgres', "SELECT redrive.cancel_batch(batch_id) FROM redrive.batch_progress WHERE label = 'refused'");
+$node->safe_psql('postgres', 'GRANT CONNECT ON DATABASE postgres TO PUBLIC');
 
 # --- no worker processes: pg_cron, replication, launcher and supervisor take all of them, then one more
 $node->safe_psql('postgres', "SELECT redrive.pause_handler('a')");
