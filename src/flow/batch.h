@@ -134,6 +134,8 @@ typedef struct RedriveInterval
 	int			first;			/* index in the page */
 	int			end;			/* settled up to here (exclusive) */
 	bool		stop;			/* record what is settled and end the interval */
+	bool		replay;			/* an item behind these failed: they are run
+								 * again, whatever the time */
 	char	   *pause_reason;	/* set: pause the batch too */
 } RedriveInterval;
 

@@ -116,12 +116,13 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 	{
 		SegmentResult result;
 
+		interval->replay = resume >= 0;
 		redrive_run_segment(call, interval, interval->end, to, &result);
 		if (result.error == NULL)
 		{
 			chunk->failure_rate *= pow(1.0 - 1.0 / RATE_WINDOW, result.reached - interval->end);
 			interval->end = result.reached;
-			/* the time may run out in a replay: then the failed item is next */
+			/* a stop may come in a replay: then the failed item is next */
 			if (resume >= 0 && interval->end == resume)
 				interval->end = resume + 1;
 			return;

@@ -336,7 +336,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 			good = good + 1;
 			call->slot->open_succeeded++;
 			if (stop_requested || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS ||
-				call->slot->item_started_at - interval->started_at >= interval_us)
+				(!interval->replay && call->slot->item_started_at - interval->started_at >= interval_us))
 			{
 				current++;
 				break;

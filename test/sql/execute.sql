@@ -362,3 +362,21 @@ SELECT redrive.drop_handler('of a');
 SELECT redrive.drop_handler('of b');
 DROP OWNED BY regress_execute_a, regress_execute_b;
 DROP ROLE regress_execute_a, regress_execute_b;
+
+-- An item that fails when the time of its interval is over is not run again for
+-- that: those before it are replayed first, without a look at the clock.
+CREATE SEQUENCE late_calls;
+CREATE FUNCTION late(item redrive.item) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF item.item_no = 4 THEN
+        PERFORM nextval('scratch.late_calls'), pg_sleep(0.1); -- slow handler
+        RAISE 'late';
+    END IF;
+END
+$$;
+SELECT redrive.create_handler('late', 'late', commit_interval => '50 ms', max_retries => 0);
+SELECT redrive.submit('late', ARRAY['1', '2', '3', '4', '5']::jsonb[], label => 'late') > 0 AS submitted;
+CALL redrive.work();
+SELECT * FROM progress WHERE label = 'late';
+SELECT last_value AS calls FROM late_calls;
+SELECT redrive.drop_handler('late');
