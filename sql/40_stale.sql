@@ -45,7 +45,8 @@ WHERE NOT c.folded
 GROUP BY c.batch_id;
 
 -- Claims and whether their worker lives.  Facts, not clocks: a process of that
--- pid and start is there or it is not.  The start of a process of another role
+-- pid and start is there or it is not, and it is here: a database restored from
+-- a dump next to the original has the claims of workers of that one.  The start of a process of another role
 -- is hidden from ordinary users, who then go by the pid.
 CREATE VIEW redrive._running_chunks AS
 SELECT c.chunk_id, c.batch_id, c.lease_token, c.progress_at,
@@ -53,7 +54,8 @@ SELECT c.chunk_id, c.batch_id, c.lease_token, c.progress_at,
     s.item_no IS NOT NULL AS in_item
 FROM redrive.chunks AS c
 LEFT JOIN pg_stat_get_activity(NULL) AS a
-    ON a.pid = c.worker_pid AND (a.backend_start = c.worker_started_at OR a.backend_start IS NULL)
+    ON a.pid = c.worker_pid AND a.datid = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+    AND (a.backend_start = c.worker_started_at OR a.backend_start IS NULL)
 LEFT JOIN redrive._slots() AS s ON s.pid = c.worker_pid AND s.chunk_id = c.chunk_id
 WHERE c.state = 'running';
 

@@ -38,7 +38,7 @@ LANGUAGE sql STABLE AS $$
             WHEN p.pid = 0 THEN 'a prepared transaction'
             WHEN pg_has_role($1, 'pg_read_all_stats', 'USAGE') OR pg_has_role($1, a.usesysid, 'USAGE')
                 THEN format('pid %s (%s, %s, transaction since %s): %s', p.pid, a.usename, coalesce(a.state, a.backend_type),
-                            redrive._seconds(a.xact_start), left(regexp_replace(a.query, '\s+', ' ', 'g'), 300))
+                            redrive._seconds(a.xact_start), left(regexp_replace(a.query, '[[:space:]]+', ' ', 'g'), 300))
             ELSE format('pid %s', p.pid)
         END,
         CASE

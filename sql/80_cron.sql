@@ -22,7 +22,7 @@ DECLARE
     v_statements text;
 BEGIN
     -- the setting alone may be a left-over line of the configuration file
-    IF v_database IS NULL OR current_setting('shared_preload_libraries') !~ '\mpg_cron\M' THEN
+    IF v_database IS NULL OR current_setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN
         RAISE EXCEPTION 'pg_cron is not loaded' USING ERRCODE = '55000',
             DETAIL = format('shared_preload_libraries is "%s".', current_setting('shared_preload_libraries')),
             HINT = format('Put pg_cron in shared_preload_libraries, set cron.database_name = ''%s'', restart the server, and run CREATE EXTENSION pg_cron. Without pg_cron, call redrive.run_pass() from another scheduler.', v_here);
@@ -98,7 +98,7 @@ COMMENT ON FUNCTION redrive.unschedule_passes IS
 CREATE FUNCTION redrive._cron_processes() RETURNS int
 LANGUAGE sql STABLE AS $$
     SELECT CASE
-        WHEN current_setting('shared_preload_libraries') !~ '\mpg_cron\M' THEN 0
+        WHEN current_setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN 0
         WHEN current_setting('cron.use_background_workers', true) = 'on' THEN 4
         ELSE 1
     END
