@@ -62,7 +62,8 @@ BEGIN
                 -- the claim of a small batch just sent may be lost too
                 PERFORM redrive._suspect(b.batch_id, 1, b.total, NULL, k.crashed_at)
                 FROM redrive.batches AS b
-                WHERE b.claimable AND b.claimed_to = 0 AND b.total <= 100 AND b.sealed_at BETWEEN k.crashed_at - interval '1 min' AND k.crashed_at;
+                WHERE b.claimable AND b.claimed_to = 0 AND b.total <= 100 AND b.sealed_at BETWEEN k.crashed_at - interval '1 min' AND k.crashed_at
+                  AND b.serve_after <= k.crashed_at; -- by index: this is asked until the next restart
             ELSE
                 INSERT INTO redrive.crashes AS x (batch_id, item_no, crash_count, first_crashed_at, last_crashed_at)
                 SELECT b.batch_id, k.id, 1, k.crashed_at, k.crashed_at

@@ -139,11 +139,18 @@ redrive_commit_durably(void)
 	redrive_commit();
 }
 
-/* Make sure that all that was committed so far, by whomever, outlives a crash. */
+/*
+ * Make sure that what this transaction has seen of others outlives a crash.
+ *
+ * It must have written something after it saw that: up to there the WAL is
+ * flushed.  (Not up to the insert position, which at the end of a page lies
+ * behind the header of the next one: to flush that far is an error.)
+ */
 void
 redrive_make_durable(void)
 {
-	XLogFlush(GetXLogInsertRecPtr());
+	Assert(!XLogRecPtrIsInvalid(XactLastRecEnd));
+	XLogFlush(XactLastRecEnd);
 }
 
 /*

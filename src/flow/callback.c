@@ -123,8 +123,8 @@ redrive_run_due_callbacks(RedriveSlot *slot, Oid owner)
 	}
 
 	/*
-	 * if one crashes the server its row must be there to say so: a fold is
-	 * lazy
+	 * If one crashes the server its row must be there to say so, and a fold
+	 * is lazy.  We have locked the rows since, which writes WAL.
 	 */
 	redrive_make_durable();
 	for (uint64 row = 0; row < rows; row++)
