@@ -5,6 +5,7 @@
 #   make DEV=1                warnings are errors, our assertions are on
 #   make bench, make demo     see bench/ and scripts/demo
 #   make nightly              faults at 200 random moments instead of 20
+#   make dist, make package   the PGXN distribution, and Debian packages, in dist/
 # scripts/check does all of it in a scratch directory and installs nothing.
 
 EXTENSION   = pg_redrive
@@ -64,7 +65,7 @@ $(DATA_built): $(SQL_PARTS) $(EXTENSION).control
 # PGXS does not track headers
 $(OBJS): $(wildcard src/*.h src/*/*.h) $(EXTENSION).control
 
-.PHONY: layout bench demo nightly
+.PHONY: layout bench demo nightly dist package
 layout:
 	rm -rf tmp_layout tmp_regress tmp_isolation
 	mkdir tmp_layout tmp_regress tmp_isolation
@@ -78,3 +79,9 @@ demo:
 
 nightly:
 	scripts/nightly
+
+dist:
+	scripts/dist
+
+package:
+	scripts/package
