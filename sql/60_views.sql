@@ -231,18 +231,24 @@ SELECT l.pass, l.as_of, l.started_at, l.finished_at,
 FROM redrive.pass_log AS l
 CROSS JOIN (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT') AS monitor) AS m;
 
+-- Chunks that have ended, for sums over time.
+CREATE VIEW redrive._ended WITH (security_barrier) AS
+SELECT c.finished_at, v.name AS handler, c.done, c.succeeded, c.ignored, c.failed
+FROM redrive.chunks AS c
+JOIN redrive._visible AS v ON v.handler_id = c.handler_id
+WHERE c.state = 'done';
+
 CREATE VIEW redrive.throughput WITH (security_barrier) AS
-SELECT t.minute, v.name AS handler, t.items, t.succeeded, t.ignored, t.failed, t.to_retry,
+SELECT t.minute, t.handler, t.items, t.succeeded, t.ignored, t.failed, t.to_retry,
     round(t.items / 60.0, CASE WHEN t.items < 600 THEN 1 ELSE 0 END) AS items_per_second
 FROM (
-    SELECT date_trunc('minute', c.finished_at) AS minute, c.handler_id,
-        sum(c.done)::bigint AS items,
-        sum(c.succeeded)::bigint AS succeeded,
-        sum(c.ignored)::bigint AS ignored,
-        sum(c.failed)::bigint AS failed,
-        sum(c.done - c.succeeded - c.ignored - c.failed)::bigint AS to_retry
-    FROM redrive.chunks AS c
-    WHERE c.state = 'done' AND c.finished_at > date_trunc('minute', now()) - interval '6 hours'
+    SELECT date_trunc('minute', e.finished_at) AS minute, e.handler,
+        sum(e.done)::bigint AS items,
+        sum(e.succeeded)::bigint AS succeeded,
+        sum(e.ignored)::bigint AS ignored,
+        sum(e.failed)::bigint AS failed,
+        sum(e.done - e.succeeded - e.ignored - e.failed)::bigint AS to_retry
+    FROM redrive._ended AS e
+    WHERE e.finished_at > date_trunc('minute', now()) - interval '6 hours'
     GROUP BY 1, 2
-) AS t
-JOIN redrive._visible AS v ON v.handler_id = t.handler_id;
+) AS t;

@@ -462,3 +462,10 @@ COMMENT ON FUNCTION redrive._canary IS 'How many canary items of a batch succeed
 COMMENT ON FUNCTION redrive._judge_canary IS 'Let the held items of a redrive follow its canary, or not';
 COMMENT ON FUNCTION redrive._run_again IS 'Take failed items of a batch up again';
 COMMENT ON FUNCTION redrive._wake_supervisor IS 'Let the supervisor see at commit when the next work is due';
+
+COMMENT ON VIEW redrive._ended IS 'Chunks that have ended, with their counts';
+COMMENT ON FUNCTION redrive._report_table IS 'The rows of a query as a table of the report';
+COMMENT ON FUNCTION redrive._report_number IS 'A number as people read it';
+COMMENT ON FUNCTION redrive._report_chart IS 'Stacked columns over time as SVG, with the same numbers as a table';
+COMMENT ON FUNCTION redrive._report_section IS 'One part of the report';
+COMMENT ON FUNCTION redrive._report_charts IS 'The charts of the report: items over time';

@@ -9,7 +9,7 @@ LANGUAGE sql STABLE AS $$
     SELECT p.oid::regprocedure
     FROM pg_proc AS p
     WHERE p.pronamespace = 'redrive'::regnamespace
-      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_slots'))
+      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_slots') OR p.proname LIKE '\_report\_%')
       AND p.proname NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'schedule_passes', 'unschedule_passes',
                             'set_retention', 'grant_user', 'grant_monitor', 'revoke_user', 'doctor')
     ORDER BY p.oid
@@ -42,8 +42,8 @@ BEGIN
         SELECT format('redrive.%I', c.relname)
         FROM pg_class AS c
         WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind = 'v'
-          -- what the functions stale_batches_at() and verify() read
-          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify'))
+          -- what the functions stale_batches_at(), verify() and report_html() read
+          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify', '_ended'))
         ORDER BY c.relname
     LOOP
         EXECUTE format('GRANT SELECT ON %s TO %I', v_name, role);
@@ -68,9 +68,14 @@ COMMENT ON FUNCTION redrive.grant_user IS
 
 CREATE FUNCTION redrive.grant_monitor(role name) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_routine regprocedure;
 BEGIN
     PERFORM redrive._grant_views(role);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint), redrive.why(bigint), redrive.doctor() TO %I', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint), redrive.why(bigint), redrive.doctor(), redrive.report_html(interval) TO %I', role);
+    FOR v_routine IN SELECT r FROM redrive._user_routines() AS r WHERE r::text LIKE 'redrive.\_report\_%' LOOP
+        EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %I', v_routine, role);
+    END LOOP;
     -- this is what makes the views show everything
     EXECUTE format('GRANT SELECT (batch_id) ON redrive.batches TO %I', role);
 END

@@ -1,0 +1,90 @@
+-- The report: its numbers are those of the views, what users wrote is escaped,
+-- and it shows a role what the views show it.
+\getenv here PG_ABS_SRCDIR
+\set tools :here '/sql/tools.psql'
+\i :tools
+
+CREATE ROLE regress_report_owner LOGIN;
+CREATE ROLE regress_report_other;
+CREATE ROLE regress_report_monitor;
+SELECT redrive.grant_user('regress_report_owner'), redrive.grant_user('regress_report_other'), redrive.grant_monitor('regress_report_monitor');
+
+-- The body is well-formed, so that it can be asked with paths.  With one value
+-- that is not escaped it would not be.
+CREATE FUNCTION body(since interval DEFAULT '24 h') RETURNS xml LANGUAGE sql AS $$
+    SELECT substring(redrive.report_html(since) FROM '<body>.*</body>')::xml
+$$;
+-- The cells of a table of the report, a row as one text.
+CREATE FUNCTION cells(report xml, section text) RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT array_to_string(ARRAY(SELECT (xpath('string(.)', x))[1]::text FROM unnest(xpath('/tr/td', r)) AS x), '|')
+    FROM unnest(xpath(format('//section[@id="%s"]//tbody/tr', section), report)) AS r
+$$;
+
+-- Nothing there yet.
+SELECT (xpath('//section/@id', body()))::text AS sections;
+SELECT xpath('//section//p[@class="empty"]/text()', body())::text AS empty;
+SELECT xpath('//ul/li/b/text()', body())::text AS tiles;
+
+SET SESSION AUTHORIZATION regress_report_owner;
+CREATE FUNCTION hostile(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF payload ->> 0 <> 'good' THEN
+        RAISE EXCEPTION '%', payload ->> 0 USING ERRCODE = CASE WHEN payload ->> 1 = 'fail' THEN '22000' ELSE 'P0001' END;
+    END IF;
+END
+$$;
+SELECT redrive.create_handler('<b>"handler" & co</b>', 'hostile');
+SELECT redrive.submit('<b>"handler" & co</b>', ARRAY['["good"]', '["good"]', '["<script>alert(1)</script>", "fail"]', '["]]> <img src=x onerror=''alert(2)''>", "wait"]', '["\" onload=\"x", "wait"]']::jsonb[],
+    label => '</table><script>alert(3)</script>') IS NULL AS n;
+CALL redrive.work();
+SELECT redrive.submit('<b>"handler" & co</b>', ARRAY['["good"]']::jsonb[], label => 'not yet', run_at => now() + interval '1 day') IS NULL AS n;
+
+-- Each number as the view has it.
+SELECT xpath('//ul/li/b/text()', body())::text AS tiles;
+SELECT (xpath('//li[@id="tile-done"]/b/text()', b))[1]::text::numeric = (SELECT sum(items) FROM redrive.throughput) AS done,
+    (xpath('//li[@id="tile-failed"]/b/text()', b))[1]::text::numeric = (SELECT sum(failed) FROM redrive.throughput) AS failed,
+    (xpath('//li[@id="tile-waiting"]/b/text()', b))[1]::text::numeric = (SELECT sum(waiting) FROM redrive.batch_progress) AS waiting,
+    (xpath('//li[@id="tile-live"]/b/text()', b))[1]::text::numeric = (SELECT count(*) FROM redrive.batch_progress WHERE finished_at IS NULL) AS live
+FROM body() AS b;
+-- The table of a chart has the numbers, a rectangle for each, and the heights are in proportion.
+SELECT (SELECT string_agg(c::text, ', ') FROM unnest(xpath('//section[@id="throughput"]//tbody//td[@class="n"]/text()', b)) AS x (c)) AS numbers,
+    (SELECT count(*) FROM unnest(xpath('//section[@id="throughput"]//*[local-name()="rect"]', b))) AS rectangles,
+    (SELECT string_agg(regexp_replace(c, '^.*: ', ''), ', ') FROM unnest(xpath('//section[@id="throughput"]//*[local-name()="rect"]/*/text()', b)::text[]) AS x (c)) AS titles
+FROM (SELECT replace(body()::text, ' xmlns="http://www.w3.org/2000/svg"', '')::xml) AS x (b);
+SELECT string_agg(round(h / 0.5 / first_value)::text, ', ') AS proportions
+FROM (SELECT h::text::numeric, first_value(h::text::numeric) OVER () FROM unnest(xpath('//section[@id="throughput"]//*[local-name()="rect"]/@height', body())) AS x (h)) AS y;
+SELECT xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="end"]/text()', body())::text AS scale;
+
+-- Escaped: no element that we do not make, and the text is there.
+SELECT xpath('count(//script | //img | //b[not(parent::li)])', body())::text AS elements_of_users;
+SELECT regexp_replace(c, '\|[\d,.]+\|[^|]*$', '|RATE|TIME') FROM cells(body(), 'batches') AS c;
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d \d\d:\d\d\|\w+$', 'TIME|FINGERPRINT') FROM cells(body(), 'groups') AS c ORDER BY 1;
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d.*', 'TIME') FROM cells(body(), 'retries') AS c;
+SELECT redrive.report_html() ~ '<script|<img|<b>"|</table><script' AS raw;
+RESET SESSION AUTHORIZATION;
+
+-- Somebody else sees nothing of it, a monitor no messages; findings only who may ask the doctor.
+SET SESSION AUTHORIZATION regress_report_other;
+SELECT xpath('//ul/li/b/text()', body())::text AS tiles, redrive.report_html() LIKE '%handler%amp;%' AS named, redrive.report_html() LIKE '%alert%' AS told;
+SELECT (xpath('//section/@id', body()))::text AS sections;
+RESET SESSION AUTHORIZATION;
+SET SESSION AUTHORIZATION regress_report_monitor;
+SELECT (xpath('//li[@id="tile-done"]/b/text()', body()))::text AS done, redrive.report_html() LIKE '%alert(1)%' AS told, cells(body(), 'groups') LIKE '%|–|%' AS hidden LIMIT 1;
+RESET SESSION AUTHORIZATION;
+
+-- Other times: the parts of a chart, at most 49.
+SELECT s AS since, xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="start"]/text()', body(s))::text AS unit
+FROM unnest(ARRAY['1 min', '1 hour', '24 hours', '10 days', '1 year', '20 years']::interval[]) AS s;
+SELECT fails($$SELECT redrive.report_html(NULL)$$);
+SELECT fails($$SELECT redrive.report_html('1 s')$$);
+SELECT fails($$SELECT redrive.report_html('-1 day')$$);
+
+-- One page: nothing comes from elsewhere.
+SELECT redrive.report_html() ~ '(src|href)=|@import|url\(' AS loads, redrive.report_html() ~ '^<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">' AS starts, redrive.report_html() ~ '</body></html>$' AS ends;
+
+SELECT redrive.cancel_batch(scratch.batch('not yet'));
+SELECT redrive.cancel_batch(scratch.batch('</table><script>alert(3)</script>'));
+SELECT redrive.drop_handler('<b>"handler" & co</b>');
+DROP FUNCTION hostile(jsonb);
+SELECT redrive.revoke_user('regress_report_owner'), redrive.revoke_user('regress_report_other'), redrive.revoke_user('regress_report_monitor');
+DROP ROLE regress_report_owner, regress_report_other, regress_report_monitor;

@@ -1,0 +1,103 @@
+# The report in a browser: no errors, nothing wider than the window, readable colours, landmarks.
+# Fails if a value of users is put in as it is, if a column may grow without a scroll bar, or a colour gets paler.
+use strict;
+use warnings;
+
+use IPC::Run;
+use List::Util qw(max min);
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use RedriveTest;
+use Test::More;
+
+my ($browser) = grep { -x $_ } '/usr/bin/chromium', '/usr/bin/chromium-browser';
+plan skip_all => 'chromium is not installed' unless $browser;
+
+my $node = new_node('report');
+$node->safe_psql('postgres', <<'SQL');
+CREATE FUNCTION approve(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF payload ->> 'n' = '3' THEN
+        RAISE EXCEPTION '<script>console.error("from a message")</script><img src="x">%', repeat('wide', 200);
+    ELSIF payload ->> 'n' = '4' THEN
+        PERFORM redrive.raise_validation('not valid');
+    END IF;
+END
+$$;
+SELECT redrive.create_handler('approve_with_quite_a_long_name', 'approve');
+SELECT redrive.submit_query('approve_with_quite_a_long_name', 'SELECT NULL::text, jsonb_build_object(''n'', n) FROM generate_series(1, 50) AS n', label => 'first');
+SELECT redrive.submit_query('approve_with_quite_a_long_name', 'SELECT NULL::text, ''{}''::jsonb FROM generate_series(1, 50)', label => 'tomorrow', run_at => now() + interval '1 day');
+SELECT redrive.rescue_stale();
+SQL
+ok( poll_until($node, "SELECT succeeded = 48 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
+
+# as the documentation has it
+my $dir = PostgreSQL::Test::Utils::tempdir;
+my $page = $node->safe_psql('postgres', 'SELECT redrive.report_html()');
+ok(index($page, 'wide' x 50) > 0, 'the message of the user is in it');
+
+# run the browser on a page; return what it printed and what it said
+sub browse
+{
+	my ($file, @options) = @_;
+	my ($out, $err) = ('', '');
+	local $ENV{HOME} = $dir;
+
+	IPC::Run::run([ $browser, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', "--user-data-dir=$dir/profile",
+			'--enable-logging=stderr', @options, "file://$file" ], '<', \undef, '>', \$out, '2>', \$err, IPC::Run::timeout(120));
+	return ($out, join("\n", grep { /CONSOLE|Uncaught|Refused/ } split /\n/, $err));
+}
+
+# the page, and a copy of it that measures itself: the page has no script of its own
+my $measure = '<script>document.documentElement.dataset.wide = document.documentElement.scrollWidth + " of " + window.innerWidth;'
+  . 'document.documentElement.dataset.loaded = performance.getEntriesByType("resource").length;</script></body>';
+append_to_file("$dir/report.html", $page);
+append_to_file("$dir/measured.html", $page =~ s{</body>}{$measure}r);
+
+foreach my $width (1280, 500)
+{
+	my ($dom, $said) = browse("$dir/measured.html", '--dump-dom', "--window-size=$width,900");
+
+	is($said, '', "no message of the browser at $width pixels");
+	my ($wide, $window) = $dom =~ /data-wide="(\d+) of (\d+)"/;
+	ok(defined $wide && $wide <= $window, "nothing is wider than a window of $width pixels") or diag(defined $wide ? "$wide of $window" : substr($dom, 0, 500));
+	like($dom, qr/data-loaded="0"/, 'nothing is loaded');
+	(undef, $said) = browse("$dir/report.html", "--screenshot=$dir/$width.png", "--window-size=$width,900");
+	cmp_ok(-s "$dir/$width.png" // 0, '>', 10_000, "a picture of it at $width pixels");
+}
+
+# Landmarks, and names for what is not text.
+my $count = sub { my @found = $page =~ /$_[0]/g; return scalar @found };
+is($count->('<(header|main|footer)>') . $count->('<h1>'), '31', 'header, main, footer and one title');
+is($count->('<section id="(\w+)" aria-labelledby="\1-title"><h2 id="\1-title">'), $count->('<section'), 'each section is named by its heading');
+is($count->('<svg [^>]*role="img" aria-label="[^"]+"'), $count->('<svg'), 'each chart has a name');
+is($count->('class="scroll" tabindex="0" role="region" aria-label='), $count->('class="scroll"'), 'what scrolls can be reached by the keyboard');
+is($count->('<(a|link|script|img|iframe|object|embed|form)\b'), 0, 'no element that could load or send something');
+
+# Contrast of the text with what is behind it, by the formula of WCAG 2: at least 4.5, 3 for the colours of charts.
+sub luminance
+{
+	my @c = map { hex($_) / 255 } ($_[0] =~ /^#(..)(..)(..)$/) ? ($1, $2, $3) : map { "$_$_" } $_[0] =~ /^#(.)(.)(.)$/;
+	my ($r, $g, $b) = map { $_ <= 0.03928 ? $_ / 12.92 : (($_ + 0.055) / 1.055)**2.4 } @c;
+
+	return 0.2126 * $r + 0.7152 * $g + 0.0722 * $b;
+}
+
+my @schemes = $page =~ /:root \{([^}]*)\}/g;
+is(scalar @schemes, 2, 'a light and a dark scheme');
+foreach my $scheme (@schemes)
+{
+	my %colour = $scheme =~ /--(\w+): (#[0-9a-f]+)/g;
+	my @poor;
+
+	foreach my $pair ([qw(fore back 4.5)], [qw(soft back 4.5)], [qw(fore card 4.5)], [qw(bad card 4.5)], map { [ $_, 'back', 3 ] } qw(s1 s2 s3 s4))
+	{
+		my ($l1, $l2) = map { luminance($colour{$_}) } @$pair[0, 1];
+		my $contrast = (max($l1, $l2) + 0.05) / (min($l1, $l2) + 0.05);
+		push @poor, sprintf('%s on %s: %.2f', @$pair[0, 1], $contrast) if $contrast < $pair->[2];
+	}
+	is(join(', ', @poor), '', 'colours can be told apart');
+}
+
+$node->stop;
+done_testing();
