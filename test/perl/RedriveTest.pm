@@ -5,13 +5,14 @@ use strict;
 use warnings;
 
 use Exporter 'import';
+use IO::Socket::INET;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit
-  create_effects create_await set_gate batch_is verified_ok);
+  create_effects create_await set_gate batch_is verified_ok wait_for_page);
 
 # Seconds that one wait may take.
 my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
@@ -65,6 +66,25 @@ sub query
 	return (undef, $@) if $@;
 	return (undef, $err) if !defined $rc || $rc != 0;
 	return ($out, $err);
+}
+
+# Return a page, as it comes over HTTP, of a server on this machine that may be about to start; '' if it does not in time.
+sub wait_for_page
+{
+	my ($port, $path) = @_;
+	my $end = time() + $timeout;
+
+	do
+	{
+		if (my $socket = IO::Socket::INET->new(PeerAddr => "127.0.0.1:$port", Timeout => 5))
+		{
+			local $/;
+			print $socket "GET $path HTTP/1.0\r\n\r\n";
+			return scalar <$socket>;
+		}
+		usleep(100_000);
+	} while (time() < $end);
+	return '';
 }
 
 # Wait until the query's result is the one expected (default t); return whether

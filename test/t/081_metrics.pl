@@ -1,0 +1,89 @@
+# Metrics: the exporter reads every query as a monitor, its numbers are those of the views, and the alerts fire when they should.
+# Fails if a column that a query names goes away, or a monitor may not read it.
+use strict;
+use warnings;
+
+use FindBin;
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use RedriveTest;
+use Test::More;
+
+my $metrics = "$FindBin::Bin/../../metrics";
+my $exporter = '/usr/bin/prometheus-postgres-exporter';
+
+SKIP:
+{
+	skip 'promtool is not installed', 2 unless -x '/usr/bin/promtool';
+	my ($out, $err);
+	foreach my $command ([ 'check', 'rules', "$metrics/alerts.yml" ], [ 'test', 'rules', "$metrics/alerts_test.yml" ])
+	{
+		my $ok = IPC::Run::run([ '/usr/bin/promtool', @$command ], '<', \undef, '>', \$out, '2>', \$err, IPC::Run::timeout(60));
+		ok($ok, "promtool $command->[0] $command->[1]") or diag("$out$err");
+	}
+}
+
+# every metric that the alerts name is one of the queries', and is explained
+my %defined;
+{
+	my ($query, $column);
+	foreach my $line (split /\n/, slurp_file("$metrics/queries.yaml"))
+	{
+		$query = $1 if $line =~ /^(\w+):$/;
+		$defined{"${query}_$1"} = 1 if $line =~ /^    - (\w+): \{usage: GAUGE/;
+	}
+}
+my %used = map { $_ => 1 } slurp_file("$metrics/alerts.yml") =~ /\b(pg_redrive_\w+)/g;
+is(join(', ', grep { !$defined{$_} } sort keys %used), '', 'the alerts use metrics that exist');
+my $doc = slurp_file("$FindBin::Bin/../../docs/metrics.md");
+is(join(', ', grep { index($doc, "`$_`") < 0 } sort keys %defined), '', 'docs/metrics.md explains each metric');
+is(join(', ', grep { index($doc, "`$_`") < 0 } slurp_file("$metrics/alerts.yml") =~ /alert: (\w+)/g), '', 'docs/metrics.md explains each alert');
+
+SKIP:
+{
+	skip 'prometheus-postgres-exporter is not installed', 1 unless -x $exporter;
+	my $node = new_node('metrics', conf => "redrive.max_workers = 1\n");
+	$node->safe_psql('postgres', <<'SQL');
+CREATE ROLE watcher LOGIN;
+SELECT redrive.grant_monitor('watcher');
+CREATE FUNCTION approve(payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF payload ->> 'n' = '3' THEN
+        RAISE EXCEPTION 'no';
+    END IF;
+END
+$$;
+SELECT redrive.create_handler('approve', 'approve', retry_delay => '1 h');
+SELECT redrive.submit_query('approve', 'SELECT NULL::text, jsonb_build_object(''n'', n) FROM generate_series(1, 50) AS n', label => 'first');
+SELECT redrive.submit_query('approve', 'SELECT NULL::text, ''{}''::jsonb FROM generate_series(1, 7)', label => 'tomorrow', run_at => now() + interval '1 day');
+SELECT redrive.rescue_stale();
+SQL
+	ok(poll_until($node, "SELECT succeeded = 49 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
+
+	my $port = PostgreSQL::Test::Cluster::get_free_port();
+	local $ENV{DATA_SOURCE_NAME} = 'user=watcher host=' . $node->host . ' port=' . $node->port . ' dbname=postgres sslmode=disable';
+	my $log = '';
+	my $process = IPC::Run::start([ $exporter, "--web.listen-address=127.0.0.1:$port", "--extend.query-path=$metrics/queries.yaml", '--disable-default-metrics', '--disable-settings-metrics' ],
+		'<', \undef, '>', \$log, '2>&1', IPC::Run::timeout(120));
+	my $page = wait_for_page($port, '/metrics');
+	$process->kill_kill;
+
+	is_deeply([ grep { $page !~ /^$_\{/m } sort keys %defined ], [], 'every metric is there') or diag($log);
+	like($page, qr/^pg_exporter_last_scrape_error 0$/m, 'no query failed') or diag($log);
+	my $value = sub {
+		my ($name, $labels) = @_;
+		my ($v) = $page =~ /^\Q$name\E\{[^}]*\Q$labels\E[^}]*\} (\S+)$/m;
+		return $v;
+	};
+	is($value->('pg_redrive_queue_delayed', 'handler="approve"'), 7, 'items that are not due');
+	is($value->('pg_redrive_queue_waiting_retry', 'handler="approve"'), 1, 'items that wait for a retry');
+	is($value->('pg_redrive_batches_live', 'state="retrying"'), 1, 'batches that are retrying');
+	is($value->('pg_redrive_stale_batches', 'reason="orphaned"'), 0, 'no stale batch');
+	is($value->('pg_redrive_workers_executors', ''), 1, 'one executor');
+	is($value->('pg_redrive_pass_age_seconds', 'pass="purge"'), '+Inf', 'a pass that never ran');
+	cmp_ok($value->('pg_redrive_pass_age_seconds', 'pass="rescue_stale"'), '<', 600, 'a pass that did');
+	$node->stop;
+}
+
+done_testing();
