@@ -25,6 +25,7 @@ EXTRA_CLEAN = $(DATA_built) tmp_check tmp_layout tmp_regress tmp_isolation
 # PGXS adds -I for the server's headers too; -isystem keeps warnings about them quiet
 PG_CPPFLAGS = -I$(srcdir)/src -isystem $(shell $(PG_CONFIG) --includedir-server) \
               -DREDRIVE_VERSION='"$(EXTVERSION)"'
+SHLIB_LINK  = -lcurl
 PG_CFLAGS   = -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 
 ifdef DEV

@@ -9,12 +9,22 @@
 
 #include <limits.h>
 
+#include "nodes/pg_list.h"
+#include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/varlena.h"
 
+#include "base/address.h"
 #include "base/guc.h"
 
 /* Should batches run at all in this cluster? */
 bool		redrive_enabled = true;
+
+/* Private ranges that http_request() may reach. */
+char	   *redrive_http_allow_cidr = NULL;
+
+/* Which certificates are trusted; empty = those of the system. */
+char	   *redrive_http_ca_file = NULL;
 
 /* How many databases of the cluster may use pg_redrive at once? */
 int			redrive_max_databases = 16;
@@ -22,11 +32,40 @@ int			redrive_max_databases = 16;
 /* How many executors may run at once in the cluster? */
 int			redrive_max_workers = 4;
 
+/* How many pushes may be under way at once in a database? */
+int			redrive_push_max_in_flight = 128;
+
 /* How long may one scheduled pass take? */
 int			redrive_pass_time_budget = 20;
 
 /* When does an executor without work go away? */
 int			redrive_worker_idle_timeout = 60000;
+
+/* Check hook: a list of address ranges. */
+static bool
+check_ranges(char **value, void **extra, GucSource source)
+{
+	char	   *copy = pstrdup(*value);
+	List	   *ranges;
+	ListCell   *lc;
+
+	if (!SplitGUCList(copy, ',', &ranges))
+	{
+		GUC_check_errdetail("It is not a list separated by commas.");
+		return false;
+	}
+	foreach(lc, ranges)
+	{
+		RedriveAddressRange range;
+
+		if (!redrive_parse_range(lfirst(lc), &range))
+		{
+			GUC_check_errdetail("\"%s\" is not a range of addresses like 10.0.0.0/8.", (char *) lfirst(lc));
+			return false;
+		}
+	}
+	return true;
+}
 
 /*
  * Define all settings.
@@ -42,6 +81,18 @@ redrive_define_settings(bool preloading)
 							 "When off, executors stop after their commit interval and passes do nothing.",
 							 &redrive_enabled, true,
 							 PGC_SIGHUP, 0, NULL, NULL, NULL);
+
+	DefineCustomStringVariable("redrive.http_allow_cidr",
+							   "Lists address ranges outside of the public network that http_request() may reach.",
+							   "Separated by commas. Addresses of metadata services are never reached.",
+							   &redrive_http_allow_cidr, "",
+							   PGC_SUSET, GUC_LIST_INPUT, check_ranges, NULL, NULL);
+
+	DefineCustomStringVariable("redrive.http_ca_file",
+							   "Sets the file with the certificates that are trusted.",
+							   "Empty means those that the system trusts.",
+							   &redrive_http_ca_file, "",
+							   PGC_SIGHUP, 0, NULL, NULL, NULL);
 
 	if (preloading)
 		DefineCustomIntVariable("redrive.max_databases",
@@ -61,6 +112,12 @@ redrive_define_settings(bool preloading)
 							NULL,
 							&redrive_pass_time_budget, 20, 1, 3600,
 							PGC_USERSET, GUC_UNIT_S, NULL, NULL, NULL);
+
+	DefineCustomIntVariable("redrive.push_max_in_flight",
+							"Sets the number of pushes that may be under way at once in a database.",
+							"Each needs a file descriptor.",
+							&redrive_push_max_in_flight, 128, 1, 10000,
+							PGC_SIGHUP, 0, NULL, NULL, NULL);
 
 	DefineCustomIntVariable("redrive.worker_idle_timeout",
 							"Sets the time after which an executor without work exits.",

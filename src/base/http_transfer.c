@@ -1,0 +1,332 @@
+/*-------------------------------------------------------------------------
+ *
+ * http_transfer.c
+ *	  One HTTP request: its options, what libcurl asks while it runs, and what
+ *	  came of it.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "storage/fd.h"
+
+#include "base/guc.h"
+#include "base/http_transfer.h"
+
+#define MAX_HEADER_BYTES 65536
+
+#define TLS_ERROR(code) ((code) == CURLE_SSL_CONNECT_ERROR || (code) == CURLE_PEER_FAILED_VERIFICATION || \
+	(code) == CURLE_SSL_CACERT_BADFILE || (code) == CURLE_SSL_CERTPROBLEM || (code) == CURLE_SSL_CIPHER || \
+	(code) == CURLE_SSL_ISSUER_ERROR || (code) == CURLE_SSL_CRL_BADFILE || (code) == CURLE_SSL_PINNEDPUBKEYNOTMATCH || \
+	(code) == CURLE_SSL_INVALIDCERTSTATUS)
+
+/* libcurl: open a socket to this address, which is the final one. */
+static curl_socket_t
+open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
+{
+	Transfer   *transfer = arg;
+	curl_socket_t fd;
+
+	if (purpose != CURLSOCKTYPE_IPCXN ||
+		!redrive_address_allowed(&address->addr, transfer->allow, transfer->n_allow, transfer->allow_only))
+	{
+		transfer->refused = true;
+		return CURL_SOCKET_BAD;
+	}
+	if (!AcquireExternalFD())
+	{
+		transfer->open_errno = EMFILE;
+		return CURL_SOCKET_BAD;
+	}
+	fd = socket(address->family, address->socktype | SOCK_CLOEXEC, address->protocol);
+	if (fd < 0)
+	{
+		transfer->open_errno = errno;
+		ReleaseExternalFD();
+		return CURL_SOCKET_BAD;
+	}
+	transfer->opened = true;
+	return fd;
+}
+
+static int
+close_socket(void *arg, curl_socket_t fd)
+{
+	ReleaseExternalFD();
+	return close(fd);
+}
+
+/*
+ * libcurl: about to send on a connection.  It may be one that was opened for
+ * another request, with another list.
+ */
+static int
+check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, int local_port)
+{
+	Transfer   *transfer = arg;
+
+	if (redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
+		return CURL_PREREQFUNC_OK;
+	transfer->refused = true;
+	transfer->opened = false;
+	return CURL_PREREQFUNC_ABORT;
+}
+
+static size_t
+keep_answer(char *bytes, size_t size, size_t n, void *arg)
+{
+	Transfer   *transfer = arg;
+	size_t		len = Min(n, REDRIVE_HTTP_MAX_ANSWER - transfer->answer_len);
+
+	if (transfer->answer_len + len + 1 > transfer->answer_size)
+	{
+		size_t		want = Max(4096, (transfer->answer_len + len + 1) * 2);
+		char	   *bigger = realloc(transfer->answer, want);
+
+		if (bigger == NULL)
+			return 0;
+		transfer->answer = bigger;
+		transfer->answer_size = want;
+	}
+	memcpy(transfer->answer + transfer->answer_len, bytes, len);
+	transfer->answer_len += len;
+	transfer->answer[transfer->answer_len] = '\0';
+	transfer->truncated = len < n;
+	/* fewer than were given: libcurl ends the transfer */
+	return len;
+}
+
+static size_t
+count_header(char *bytes, size_t size, size_t n, void *arg)
+{
+	Transfer   *transfer = arg;
+
+	transfer->header_bytes += n;
+	return transfer->header_bytes > MAX_HEADER_BYTES ? 0 : n;
+}
+
+/* Make a transfer that has nothing to do yet; NULL when there is no memory. */
+Transfer *
+redrive_make_transfer(RedriveHttp *http)
+{
+	Transfer   *transfer = calloc(1, sizeof(Transfer));
+
+	if (transfer == NULL)
+		return NULL;
+	transfer->http = http;
+	transfer->easy = curl_easy_init();
+	if (transfer->easy == NULL)
+	{
+		free(transfer);
+		return NULL;
+	}
+	return transfer;
+}
+
+/* Forget the request, keep the handle and the buffer. */
+void
+redrive_clear_transfer(Transfer *transfer)
+{
+	RedriveHttp *http = transfer->http;
+	CURL	   *easy = transfer->easy;
+	char	   *answer = transfer->answer;
+	size_t		answer_size = transfer->answer_size;
+
+	curl_slist_free_all(transfer->headers);
+	free(transfer->body);
+	free(transfer->allow);
+	curl_easy_reset(easy);
+	memset(transfer, 0, sizeof(Transfer));
+	transfer->http = http;
+	transfer->easy = easy;
+	transfer->answer = answer;
+	transfer->answer_size = answer_size;
+}
+
+void
+redrive_free_transfer(Transfer *transfer)
+{
+	redrive_clear_transfer(transfer);
+	curl_easy_cleanup(transfer->easy);
+	free(transfer->answer);
+	free(transfer);
+}
+
+/* Copy the request and set the options; false when there is no memory. */
+bool
+redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request)
+{
+	CURL	   *easy = transfer->easy;
+	const bool	get = strcmp(request->method, "GET") == 0;
+
+	/* no waiting for "100 Continue", and no type that nobody asked for */
+	static const char *const first[] = {"Expect:", "Content-Type:", "Accept:"};
+	bool		ok = true;
+
+	for (int i = 0; i < lengthof(first); i++)
+	{
+		bool		given = false;
+
+		for (const char *const *header = request->headers; header != NULL && *header != NULL; header++)
+			if (pg_strncasecmp(*header, first[i], strlen(first[i])) == 0)
+				given = true;
+		if (!given)
+		{
+			struct curl_slist *list = curl_slist_append(transfer->headers, first[i]);
+
+			ok = ok && list != NULL;
+			transfer->headers = list != NULL ? list : transfer->headers;
+		}
+	}
+	for (const char *const *header = request->headers; header != NULL && *header != NULL; header++)
+	{
+		struct curl_slist *list = curl_slist_append(transfer->headers, *header);
+
+		ok = ok && list != NULL;
+		transfer->headers = list != NULL ? list : transfer->headers;
+	}
+	if (request->body != NULL)
+	{
+		transfer->body = malloc(request->body_len + 1);
+		if (transfer->body == NULL)
+			return false;
+		memcpy(transfer->body, request->body, request->body_len);
+		transfer->body_len = request->body_len;
+	}
+	if (request->n_allow > 0)
+	{
+		transfer->allow = malloc(request->n_allow * sizeof(RedriveAddressRange));
+		if (transfer->allow == NULL)
+			return false;
+		memcpy(transfer->allow, request->allow, request->n_allow * sizeof(RedriveAddressRange));
+		transfer->n_allow = request->n_allow;
+	}
+	transfer->allow_only = request->allow_only;
+	transfer->timeout_ms = request->timeout_ms;
+	transfer->arg = request->arg;
+
+#define SET(option, value) (ok = ok && curl_easy_setopt(easy, option, value) == CURLE_OK)
+	SET(CURLOPT_PRIVATE, transfer);
+	SET(CURLOPT_URL, request->url);
+	SET(CURLOPT_PROTOCOLS_STR, request->allow_http ? "https,http" : "https");
+	SET(CURLOPT_NOSIGNAL, 1L);
+	SET(CURLOPT_FOLLOWLOCATION, 0L);
+	SET(CURLOPT_PROXY, "");
+	SET(CURLOPT_NETRC, (long) CURL_NETRC_IGNORED);
+	SET(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
+	SET(CURLOPT_USERAGENT, "pg_redrive/" REDRIVE_VERSION);
+	SET(CURLOPT_SSL_VERIFYPEER, 1L);
+	SET(CURLOPT_SSL_VERIFYHOST, 2L);
+	SET(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
+	if (redrive_http_ca_file != NULL && redrive_http_ca_file[0] != '\0')
+	{
+		SET(CURLOPT_CAINFO, redrive_http_ca_file);
+		SET(CURLOPT_CAPATH, NULL);
+	}
+	SET(CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
+	SET(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_timeout_ms);
+	SET(CURLOPT_TCP_KEEPALIVE, 1L);
+	SET(CURLOPT_HTTPHEADER, transfer->headers);
+	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);
+	SET(CURLOPT_OPENSOCKETDATA, transfer);
+	SET(CURLOPT_CLOSESOCKETFUNCTION, close_socket);
+	SET(CURLOPT_PREREQFUNCTION, check_connection);
+	SET(CURLOPT_PREREQDATA, transfer);
+	SET(CURLOPT_WRITEFUNCTION, keep_answer);
+	SET(CURLOPT_WRITEDATA, transfer);
+	SET(CURLOPT_HEADERFUNCTION, count_header);
+	SET(CURLOPT_HEADERDATA, transfer);
+	if (transfer->body != NULL)
+	{
+		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) transfer->body_len);
+		SET(CURLOPT_POSTFIELDS, transfer->body);
+	}
+	else if (strcmp(request->method, "POST") == 0)
+	{
+		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) 0);
+		SET(CURLOPT_POSTFIELDS, "");
+	}
+	else if (get)
+		SET(CURLOPT_HTTPGET, 1L);
+	if (!get || transfer->body != NULL)
+		SET(CURLOPT_CUSTOMREQUEST, request->method);
+#undef SET
+	return ok;
+}
+
+/* Say in words how far a request had come when its time was over. */
+static const char *
+phase(CURL *easy, bool sent)
+{
+	curl_off_t	at;
+
+	if (curl_easy_getinfo(easy, CURLINFO_NAMELOOKUP_TIME_T, &at) != CURLE_OK || at == 0)
+		return "looking up the name";
+	if (curl_easy_getinfo(easy, CURLINFO_CONNECT_TIME_T, &at) != CURLE_OK || at == 0)
+		return "connecting";
+	if (curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &at) != CURLE_OK || at == 0)
+		return "the TLS handshake";
+	if (!sent)
+		return "sending the request";
+	if (curl_easy_getinfo(easy, CURLINFO_STARTTRANSFER_TIME_T, &at) != CURLE_OK || at == 0)
+		return "waiting for the answer";
+	return "reading the answer";
+}
+
+/* Say what came of a request that has ended. */
+void
+redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
+{
+	CURL	   *easy = transfer->easy;
+	CURLcode	code = transfer->code;
+	long		status = 0;
+	long		os_errno = 0;
+	curl_off_t	pretransfer = 0;
+	curl_off_t	uploaded = 0;
+	curl_off_t	retry_after = 0;
+	curl_off_t	total = 0;
+
+	(void) curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
+	(void) curl_easy_getinfo(easy, CURLINFO_OS_ERRNO, &os_errno);
+	(void) curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer);
+	(void) curl_easy_getinfo(easy, CURLINFO_SIZE_UPLOAD_T, &uploaded);
+	(void) curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &retry_after);
+	(void) curl_easy_getinfo(easy, CURLINFO_TOTAL_TIME_T, &total);
+
+	/* we ended it, but the answer is there */
+	if (code == CURLE_WRITE_ERROR && transfer->truncated)
+		code = CURLE_OK;
+	memset(result, 0, sizeof(RedriveHttpResult));
+	result->arg = transfer->arg;
+	result->transfer = transfer;
+	result->curl_code = code;
+	result->status = status;
+	result->sent = status > 0 || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
+	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened;
+	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
+	result->tls = TLS_ERROR(code);
+	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
+		(code != CURLE_OK && !transfer->opened && transfer->open_errno != 0) ||
+		(code == CURLE_COULDNT_CONNECT && !result->refused && os_errno == EADDRNOTAVAIL);
+	result->truncated = transfer->truncated;
+	result->retry_after_s = (int) Max(Min(retry_after, 1000000), 0);
+	result->body = transfer->answer_len > 0 ? transfer->answer : "";
+	result->body_len = transfer->answer_len;
+	result->total_ms = total / 1000.0;
+	if (result->refused)
+		snprintf(result->error, sizeof(result->error), "the address is not of the public network and not allowed");
+	else if (result->ours)
+		snprintf(result->error, sizeof(result->error), "no resources here to send it: %s",
+				 transfer->open_errno == EMFILE || transfer->open_errno == ENFILE ? "file descriptors" :
+				 os_errno == EADDRNOTAVAIL ? "local ports" : "memory");
+	else if (result->timed_out)
+		snprintf(result->error, sizeof(result->error), "time-out after %d ms, %s", (int) (total / 1000), phase(easy, result->sent));
+	else if (transfer->header_bytes > MAX_HEADER_BYTES)
+		snprintf(result->error, sizeof(result->error), "the headers of the answer are too long");
+	else if (code != CURLE_OK)
+		snprintf(result->error, sizeof(result->error), "%s", curl_easy_strerror(code));
+}

@@ -1,0 +1,51 @@
+/*-------------------------------------------------------------------------
+ *
+ * http_transfer.h
+ *	  One HTTP request; for http.c only.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_HTTP_TRANSFER_H
+#define REDRIVE_HTTP_TRANSFER_H
+
+#include "postgres.h"
+
+#include <curl/curl.h>
+
+#include "base/http.h"
+
+/* One request. */
+typedef struct Transfer
+{
+	RedriveHttp *http;			/* whose it is */
+	struct Transfer *next;		/* in the list of unused or of done ones */
+	bool		running;
+	CURL	   *easy;			/* kept for the next request */
+	CURLcode	code;			/* how it ended */
+	struct curl_slist *headers;
+	char	   *body;
+	size_t		body_len;
+	RedriveAddressRange *allow;
+	int			n_allow;
+	bool		allow_only;
+	int			timeout_ms;
+	void	   *arg;
+
+	/* set by callbacks */
+	bool		refused;		/* an address was */
+	bool		opened;			/* a socket was */
+	int			open_errno;		/* why none could be */
+	size_t		header_bytes;
+	bool		truncated;
+	char	   *answer;
+	size_t		answer_len;
+	size_t		answer_size;
+} Transfer;
+
+extern Transfer *redrive_make_transfer(RedriveHttp *http);
+extern bool redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request);
+extern void redrive_fill_result(Transfer *transfer, RedriveHttpResult *result);
+extern void redrive_clear_transfer(Transfer *transfer);
+extern void redrive_free_transfer(Transfer *transfer);
+
+#endif							/* REDRIVE_HTTP_TRANSFER_H */
