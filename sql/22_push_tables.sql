@@ -37,6 +37,7 @@ CREATE TABLE redrive.platforms (
     paused boolean NOT NULL DEFAULT false,
     config_version bigint NOT NULL DEFAULT 1,
     needs_plan boolean NOT NULL DEFAULT true,
+    secrets redrive.secret_kind[] NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT platforms_pkey PRIMARY KEY (platform_id),
     CONSTRAINT platforms_name_key UNIQUE (name),
@@ -136,7 +137,7 @@ CREATE TABLE redrive.pushes (
     CONSTRAINT pushes_pkey PRIMARY KEY (push_id),
     CONSTRAINT pushes_task_id_platform_id_key UNIQUE (task_id, platform_id),
     CONSTRAINT pushes_task_id_fkey FOREIGN KEY (task_id) REFERENCES redrive.tasks,
-    CONSTRAINT pushes_platform_id_fkey FOREIGN KEY (platform_id) REFERENCES redrive.platforms,
+    CONSTRAINT pushes_platform_id_fkey FOREIGN KEY (platform_id) REFERENCES redrive.platforms ON DELETE CASCADE,
     CONSTRAINT pushes_lease_check CHECK ((state = 'in_flight') = (lease_until IS NOT NULL) AND (lease_until IS NULL) = (lease_owner IS NULL)),
     CONSTRAINT pushes_retry_count_check CHECK (retry_count >= 0 AND free_count >= 0)
 ) WITH (fillfactor = 70);

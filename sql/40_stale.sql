@@ -607,6 +607,8 @@ BEGIN
         SELECT x.acted, x.more, x.detail INTO r.acted, r.more, r.detail FROM redrive._rescue_stale(p_as_of, v_deadline) AS x;
     ELSIF p_pass = 'retry_failed' THEN
         SELECT x.acted, x.more, x.detail INTO r.acted, r.more, r.detail FROM redrive._retry_failed(p_as_of, v_deadline) AS x;
+    ELSIF p_pass = 'push_tasks' THEN
+        SELECT x.acted, x.more, x.detail INTO r.acted, r.more, r.detail FROM redrive._push_tasks(p_as_of, v_deadline) AS x;
     ELSE
         SELECT x.acted, x.more, x.detail INTO r.acted, r.more, r.detail FROM redrive._purge(p_as_of, v_deadline) AS x;
     END IF;
@@ -649,14 +651,15 @@ DECLARE
     r redrive.pass_result;
     v_deadline timestamptz;
 BEGIN
-    IF pass IS NULL OR pass NOT IN ('rescue_stale', 'retry_failed', 'purge') THEN
+    IF pass IS NULL OR pass NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge') THEN
         RAISE EXCEPTION 'unknown pass "%"', coalesce(pass, 'NULL') USING ERRCODE = '22023',
-            HINT = 'Valid passes are: rescue_stale, retry_failed, purge.';
+            HINT = 'Valid passes are: rescue_stale, retry_failed, push_tasks, purge.';
     END IF;
     LOOP
         CASE pass
             WHEN 'rescue_stale' THEN r := redrive.rescue_stale(coalesce(as_of, clock_timestamp()));
             WHEN 'retry_failed' THEN r := redrive.retry_failed(coalesce(as_of, clock_timestamp()));
+            WHEN 'push_tasks' THEN r := redrive.push_tasks(coalesce(as_of, clock_timestamp()));
             ELSE r := redrive.purge(coalesce(as_of, clock_timestamp()));
         END CASE;
         v_deadline := coalesce(v_deadline, clock_timestamp() + coalesce(current_setting('redrive.pass_time_budget', true), '20s')::interval);
@@ -666,4 +669,4 @@ BEGIN
 END
 $$;
 COMMENT ON PROCEDURE redrive.run_pass IS
-'Run a pass (rescue_stale, retry_failed or purge) again and again, each time in a transaction of its own, until nothing is left or redrive.pass_time_budget is used up. This is what pg_cron calls; see redrive.schedule_passes(). Errors: 22023 unknown pass.';
+'Run a pass (rescue_stale, retry_failed, push_tasks or purge) again and again, each time in a transaction of its own, until nothing is left or redrive.pass_time_budget is used up. This is what pg_cron calls; see redrive.schedule_passes(). Errors: 22023 unknown pass.';

@@ -8,7 +8,7 @@ COMMENT ON TYPE redrive.scheduled_pass IS 'A job of pg_cron that runs a pass';
 CREATE FUNCTION redrive._cron_jobs(p_schedule text) RETURNS SETOF redrive.scheduled_pass
 LANGUAGE sql IMMUTABLE AS $$
     SELECT 'pg_redrive ' || p.pass, p.schedule, format('CALL redrive.run_pass(%L)', p.pass)
-    FROM (VALUES ('rescue_stale', $1), ('retry_failed', $1), ('purge', '7 * * * *')) AS p (pass, schedule)
+    FROM (VALUES ('rescue_stale', $1), ('retry_failed', $1), ('push_tasks', $1), ('purge', '7 * * * *')) AS p (pass, schedule)
 $$;
 
 -- Raise an error that says why pg_cron cannot be used in this database, and
@@ -72,7 +72,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION redrive.schedule_passes IS
-'Have pg_cron run the passes: rescue_stale and retry_failed on this schedule, purge once an hour. Can be repeated; it sets schedules back and activates jobs again. Errors: 55000 when pg_cron cannot be used from this database, the hint says what to do.';
+'Have pg_cron run the passes: rescue_stale, retry_failed and push_tasks on this schedule, purge once an hour. Can be repeated; it sets schedules back and activates jobs again. Errors: 55000 when pg_cron cannot be used from this database, the hint says what to do.';
 
 CREATE FUNCTION redrive.unschedule_passes()
 RETURNS SETOF redrive.scheduled_pass

@@ -32,6 +32,12 @@
 #define redrive_wait_event(name)	PG_WAIT_EXTENSION
 #endif
 
+#if PG_VERSION_NUM >= 170000
+#define redrive_wait_set(n)		CreateWaitEventSet(NULL, (n))
+#else
+#define redrive_wait_set(n)		CreateWaitEventSet(TopMemoryContext, (n))
+#endif
+
 #if PG_VERSION_NUM >= 180000
 #define REDRIVE_MODULE_MAGIC	PG_MODULE_MAGIC_EXT(.name = "pg_redrive", .version = REDRIVE_VERSION)
 #else

@@ -197,7 +197,7 @@ redrive_enter_database(Oid database, bool make_room)
 	{
 		RedriveDatabase *other = &redrive_shared->databases[i];
 
-		if (other->pid == 0 && !other->present && !other->probe)
+		if (other->pid == 0 && other->pusher_pid == 0 && !other->present && !other->probe)
 			entry = other;
 	}
 	if (entry == NULL)

@@ -73,6 +73,8 @@ typedef struct RedriveDatabase
 	bool		probe;			/* the launcher shall (re)start a supervisor */
 	pid_t		pid;			/* of the supervisor, 0 = none */
 	Latch	   *latch;
+	pid_t		pusher_pid;		/* 0 = none */
+	Latch	   *pusher_latch;
 	pid_t		kept_by;		/* session whose transaction needs the
 								 * database to itself, 0 = none */
 	TimestampTz retry_at;		/* not before this time, after an error */

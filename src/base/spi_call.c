@@ -209,6 +209,14 @@ redrive_free_rows(void)
 	SPI_tuptable = NULL;
 }
 
+/* Let a query of the caller read the rows that a trigger is for, by their name. */
+void
+redrive_trigger_rows(TriggerData *data)
+{
+	if (SPI_register_trigger_data(data) != SPI_OK_TD_REGISTER)
+		elog(ERROR, "SPI_register_trigger_data failed");
+}
+
 /*
  * Open a query of the caller, to be read with redrive_query_fetch.
  *

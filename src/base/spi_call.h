@@ -8,6 +8,7 @@
 #ifndef REDRIVE_SPI_CALL_H
 #define REDRIVE_SPI_CALL_H
 
+#include "commands/trigger.h"
 #include "executor/spi.h"
 
 #define REDRIVE_MAX_ARGS 32
@@ -55,6 +56,7 @@ extern int64 redrive_int64(int row, const char *name);
 extern bool redrive_bool(int row, const char *name);
 extern char *redrive_text(int row, const char *name, MemoryContext cxt);
 extern void redrive_free_rows(void);
+extern void redrive_trigger_rows(TriggerData *data);
 extern RedriveQuery *redrive_query_open(const char *text, int ncolumns, Oid *types, const char *expected);
 extern int	redrive_query_fetch(RedriveQuery *query, int rows);
 extern Datum redrive_query_column(RedriveQuery *query, int row, int column, bool *isnull);

@@ -27,10 +27,12 @@ static int	n_owners = 0;		/* MAX_OWNERS + 1 = too many, wake everybody */
 static bool several = false;	/* more than one wake-up of an owner */
 static bool batch_ended = false;
 static bool created = false;
+static bool pusher = false;		/* something is to be pushed */
 static bool supervisor = false; /* something becomes due that it has to wait
 								 * for */
 
 PG_FUNCTION_INFO_V1(redrive__wake);
+PG_FUNCTION_INFO_V1(redrive__wake_pusher);
 PG_FUNCTION_INFO_V1(redrive__wake_supervisor);
 PG_FUNCTION_INFO_V1(redrive__created);
 PG_FUNCTION_INFO_V1(redrive__preloaded);
@@ -47,6 +49,21 @@ wake_supervisor(void)
 	LWLockRelease(redrive_shared->lock);
 }
 
+/* Wake the pusher, or the supervisor, which starts one. */
+static void
+wake_pusher(void)
+{
+	RedriveDatabase *database;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	database = redrive_find_database(MyDatabaseId);
+	if (database != NULL && database->pusher_latch != NULL)
+		SetLatch(database->pusher_latch);
+	else if (database != NULL && database->latch != NULL)
+		SetLatch(database->latch);
+	LWLockRelease(redrive_shared->lock);
+}
+
 static void
 at_xact_end(XactEvent event, void *arg)
 {
@@ -59,6 +76,8 @@ at_xact_end(XactEvent event, void *arg)
 				redrive_wake_now(owners[i], several, hints[i]);
 		if (supervisor)
 			wake_supervisor();
+		if (pusher)
+			wake_pusher();
 		if (batch_ended)
 			ConditionVariableBroadcast(&redrive_shared->batch_ended);
 		if (created)
@@ -71,6 +90,7 @@ at_xact_end(XactEvent event, void *arg)
 		batch_ended = false;
 		created = false;
 		supervisor = false;
+		pusher = false;
 	}
 }
 
@@ -188,6 +208,18 @@ Datum
 redrive__wake(PG_FUNCTION_ARGS)
 {
 	redrive_wake_at_commit(PG_GETARG_OID(0), 0);
+	PG_RETURN_VOID();
+}
+
+/* SQL: _wake_pusher() */
+Datum
+redrive__wake_pusher(PG_FUNCTION_ARGS)
+{
+	if (redrive_shared != NULL)
+	{
+		register_callback();
+		pusher = true;
+	}
 	PG_RETURN_VOID();
 }
 

@@ -186,3 +186,13 @@ redrive_rollback(void)
 	MemoryContextSwitchTo(old_cxt);
 	SPI_rollback();
 }
+
+/* End the transaction of a worker after a caught error; it may begin another. */
+void
+redrive_worker_abort(void)
+{
+	AbortOutOfAnyTransaction();
+	MemoryContextSwitchTo(TopMemoryContext);
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}

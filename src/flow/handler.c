@@ -104,8 +104,8 @@ redrive_find_callback(const char *name, bool on_finish, bool missing_ok)
  * Throws 42809 when it is no plain function, 42501 when the caller may not
  * execute it.
  */
-static Datum
-qualified_name(Oid funcid, const char *what)
+Datum
+redrive_qualified_name(Oid funcid, const char *what)
 {
 	char	   *namespace = get_namespace_name(get_func_namespace(funcid));
 	char	   *name = get_func_name(funcid);
@@ -120,7 +120,7 @@ qualified_name(Oid funcid, const char *what)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for function \"%s\"", name),
-				 errdetail("The handler will run as role \"%s\".", GetUserNameFromId(GetUserId(), false)),
+				 errdetail("It will run as role \"%s\".", GetUserNameFromId(GetUserId(), false)),
 				 errhint("Grant EXECUTE on it to that role.")));
 	return CStringGetTextDatum(quote_qualified_identifier(namespace, name));
 }
@@ -315,9 +315,9 @@ redrive_rows_as_owner(PG_FUNCTION_ARGS)
 	return (Datum) 0;
 }
 
-/* Refuse an owner that no worker could connect as. */
-static void
-check_owner_can_login(void)
+/* Refuse an owner, of what, that no worker could connect as. */
+void
+redrive_check_owner_can_login(const char *what)
 {
 	HeapTuple	tuple = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
 	bool		can_login;
@@ -329,9 +329,9 @@ check_owner_can_login(void)
 	if (!can_login && REDRIVE_OWNER_NEEDS_LOGIN)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("role \"%s\" cannot own a handler", GetUserNameFromId(GetUserId(), false)),
+				 errmsg("role \"%s\" cannot own %s", GetUserNameFromId(GetUserId(), false), what),
 				 errdetail("It is not permitted to log in, and workers connect as the owner."),
-				 errhint("Run ALTER ROLE ... LOGIN, or create the handler as another role.")));
+				 errhint("Run ALTER ROLE ... LOGIN, or create %s as another role.", strcmp(what, "a handler") == 0 ? "the handler" : "the platform")));
 }
 
 /*
@@ -382,23 +382,23 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 					 errhint("Name a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item).")));
 	}
 	if (create)
-		check_owner_can_login();
+		redrive_check_owner_can_login("a handler");
 
 	if (!PG_ARGISNULL(function_arg))
 	{
 		HandlerSignature signature = SIGNATURE_PAYLOAD;
 		Oid			funcid = find_row_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), &signature);
 
-		values[first + function_arg] = qualified_name(funcid, "a row handler");
+		values[first + function_arg] = redrive_qualified_name(funcid, "a row handler");
 		values[1] = CStringGetTextDatum(signature_names[signature]);
 		nulls[1] = ' ';
 	}
 	if (!PG_ARGISNULL(unlock_arg))
 		values[first + unlock_arg] =
-			qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
+			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
 	if (!PG_ARGISNULL(finish_arg))
 		values[first + finish_arg] =
-			qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
+			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
 
 	return redrive_dispatch(fcinfo, first + nargs, argtypes, values, nulls);
 }

@@ -35,6 +35,7 @@
 #include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/claim.h"
+#include "proc/pusher.h"
 #include "proc/supervisor.h"
 
 #define TICK_MS 30000
@@ -458,7 +459,13 @@ redrive_supervisor_main(Datum arg)
 			rescued_at = GetCurrentTimestamp();
 		}
 		if (redrive_enabled)
+		{
+			long		pusher_ms = redrive_start_pusher(own_entry, supervisor_cxt);
+
 			sleep_ms = dispatch();
+			if (pusher_ms > 0)
+				sleep_ms = Min(sleep_ms, pusher_ms);
+		}
 		redrive_worker_end();
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);

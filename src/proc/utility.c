@@ -88,6 +88,11 @@ dismiss_workers(Oid database)
 			any = true;
 			kill(entry->pid, SIGTERM);
 		}
+		if (entry->pusher_pid != 0)
+		{
+			any = true;
+			kill(entry->pusher_pid, SIGTERM);
+		}
 	}
 	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
 	{

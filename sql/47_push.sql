@@ -1,0 +1,71 @@
+-- Push: what the statements of the pusher (flow/push.c) and the pass share.
+
+-- Time from an attempt to the next; n counts retries from 0.
+CREATE FUNCTION redrive._retry_delay(base interval, factor float8, most interval, n int, seed bigint) RETURNS interval
+LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__retry_delay';
+
+-- End attempts of which nobody will tell any more: their lease is over, or
+-- with p_pusher given the pusher that held it is another one, which is dead.
+-- The request may have arrived, so it is charged.  Returns how many.
+CREATE FUNCTION redrive._reap_pushes(p_as_of timestamptz, p_pusher bigint) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_count bigint;
+BEGIN
+    WITH lost AS (
+        SELECT u.push_id
+        FROM redrive.pushes AS u
+        WHERE u.state = 'in_flight' AND (u.lease_until <= p_as_of OR u.lease_owner <> p_pusher)
+        ORDER BY u.push_id
+        LIMIT 10000
+        FOR UPDATE SKIP LOCKED),
+    ended AS (
+        UPDATE redrive.pushes AS u SET
+            state = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe THEN 'pending'
+                         WHEN u.retry_count >= p.max_retries THEN 'dead'
+                         ELSE 'waiting' END::redrive.push_state,
+            retry_count = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe OR u.retry_count >= p.max_retries THEN u.retry_count ELSE u.retry_count + 1 END,
+            next_attempt_at = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe THEN p_as_of
+                                   ELSE p_as_of + redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id) END,
+            failed_at = p_as_of, http_status = NULL, error_class = 'unknown', message = 'Nothing is known of the last attempt: the pusher ended or lost its lease.',
+            lease_until = NULL, lease_owner = NULL
+        FROM lost AS l, redrive.platforms AS p
+        WHERE u.push_id = l.push_id AND p.platform_id = u.platform_id
+        RETURNING u.push_id, u.attempt_no, u.platform_id, u.sent_version, u.is_probe, p.lease)
+    INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, error_class, message)
+    SELECT (SELECT r.part FROM redrive.rotation AS r), e.push_id, e.attempt_no, e.platform_id, e.sent_version, p_as_of, p_as_of, false, NOT e.is_probe, e.is_probe,
+        'unknown', 'Nothing is known of the attempt: the pusher ended or lost its lease.'
+    FROM ended AS e;
+    GET DIAGNOSTICS v_count = ROW_COUNT;
+    RETURN v_count;
+END
+$$;
+
+CREATE FUNCTION redrive._redrive_push(p_caller oid, p_platform text, p_task_key text) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_platform_id int;
+    v_count bigint;
+BEGIN
+    IF p_platform IS NOT NULL THEN
+        SELECT p.platform_id INTO v_platform_id FROM redrive._platform(p_caller, p_platform) AS p;
+    END IF;
+    UPDATE redrive.pushes AS u SET state = 'pending', retry_count = 0, free_count = 0, next_attempt_at = now()
+    FROM redrive.platforms AS p, redrive.tasks AS t
+    WHERE p.platform_id = u.platform_id AND t.task_id = u.task_id AND NOT t.is_test
+      AND u.state IN ('dead', 'waiting', 'blocked')
+      AND p.platform_id = coalesce(v_platform_id, p.platform_id)
+      AND (p_task_key IS NULL OR t.task_key = p_task_key)
+      AND pg_has_role(p_caller, p.owner, 'USAGE');
+    GET DIAGNOSTICS v_count = ROW_COUNT;
+    IF v_count > 0 THEN
+        PERFORM redrive._wake_pusher();
+    END IF;
+    RETURN v_count;
+END
+$$;
+
+CREATE FUNCTION redrive.redrive_push(platform text DEFAULT NULL, task_key text DEFAULT NULL) RETURNS bigint
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
+COMMENT ON FUNCTION redrive.redrive_push IS
+'Try again at once, with a new budget, pushes that are dead, blocked or wait for a retry: of one platform or all of the caller''s, of one task or all. Returns how many. Errors: 42704 unknown platform, 42501 not yours.';

@@ -1,0 +1,203 @@
+/*-------------------------------------------------------------------------
+ *
+ * platform.c
+ *	  Platforms and tasks: what SQL cannot do about them.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "parser/parse_func.h"
+#include "pgstat.h"
+#include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/regproc.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "base/backoff.h"
+#include "base/compat.h"
+#include "base/spi_call.h"
+#include "base/xact.h"
+#include "flow/handler.h"
+#include "flow/platform.h"
+
+#define BUILD_ARG 8
+
+PG_FUNCTION_INFO_V1(redrive_create_platform);
+PG_FUNCTION_INFO_V1(redrive_alter_platform);
+PG_FUNCTION_INFO_V1(redrive_set_platform_secret);
+PG_FUNCTION_INFO_V1(redrive__retry_delay);
+PG_FUNCTION_INFO_V1(redrive__task_source);
+
+/* Return the type redrive.task. */
+static Oid
+task_type(void)
+{
+	return GetSysCacheOid2(TYPENAMENSP, Anum_pg_type_oid, CStringGetDatum("task"),
+						   ObjectIdGetDatum(get_namespace_oid("redrive", false)));
+}
+
+/*
+ * Find a build function by its name; InvalidOid when there is none that fits.
+ *
+ * Throws 3F000 when its schema is gone.
+ */
+Oid
+redrive_find_build_function(const char *name)
+{
+	Oid			types[1] = {task_type()};
+	Oid			found = LookupFuncName(redrive_name_list(name), 1, types, true);
+
+	return OidIsValid(found) && get_func_rettype(found) == JSONBOID ? found : InvalidOid;
+}
+
+/* create_platform and alter_platform: resolve the function the caller names. */
+static Datum
+put_platform(FunctionCallInfo fcinfo, bool create)
+{
+	if (create)
+		redrive_check_owner_can_login("a platform");
+	if (!PG_ARGISNULL(BUILD_ARG))
+	{
+		char	   *given = text_to_cstring(PG_GETARG_TEXT_PP(BUILD_ARG));
+		Oid			found = redrive_find_build_function(given);
+
+		if (!OidIsValid(found))
+			ereport(ERROR,
+					(errcode(ERRCODE_UNDEFINED_FUNCTION),
+					 errmsg("function \"%s\" does not exist or does not fit build", given),
+					 errdetail("It is called with (redrive.task) and has to return jsonb."),
+					 errhint("Create the function first, or write its schema if it is not in search_path.")));
+		fcinfo->args[BUILD_ARG].value = redrive_qualified_name(found, "build");
+	}
+	return redrive_as_owner(fcinfo);
+}
+
+Datum
+redrive_create_platform(PG_FUNCTION_ARGS)
+{
+	return put_platform(fcinfo, true);
+}
+
+Datum
+redrive_alter_platform(PG_FUNCTION_ARGS)
+{
+	return put_platform(fcinfo, false);
+}
+
+/*
+ * SQL: set_platform_secret(name, kind, secret)
+ *
+ * Before anything else the statement, which may have the secret in it, is taken
+ * out of where others could read it: pg_stat_activity, and the log if there is
+ * an error.
+ */
+Datum
+redrive_set_platform_secret(PG_FUNCTION_ARGS)
+{
+	debug_query_string = "SELECT redrive.set_platform_secret(...)";
+	pgstat_report_activity(STATE_RUNNING, debug_query_string);
+	return redrive_as_owner(fcinfo);
+}
+
+/* An interval as microseconds; a month has 30 days. */
+static int64
+interval_us(Interval *interval)
+{
+	return interval->time + (interval->day + interval->month * (int64) DAYS_PER_MONTH) * USECS_PER_DAY;
+}
+
+/* SQL: _retry_delay(base, factor, most, n, seed) */
+Datum
+redrive__retry_delay(PG_FUNCTION_ARGS)
+{
+	int64		base = interval_us(PG_GETARG_INTERVAL_P(0));
+	int64		most = interval_us(PG_GETARG_INTERVAL_P(2));
+	int64		delay = redrive_backoff(base, PG_GETARG_FLOAT8(1), most, PG_GETARG_INT32(3), (uint64) PG_GETARG_INT64(4));
+	int64		full = (int64) Min((double) most, base * pow(PG_GETARG_FLOAT8(1), PG_GETARG_INT32(3)));
+	Interval   *result = palloc0(sizeof(Interval));
+
+	/* the jitter only shortens, here it shall lengthen: not before the time */
+	result->time = full + (full - delay);
+	PG_RETURN_INTERVAL_P(result);
+}
+
+static RedriveSql record_tasks = {
+	"SELECT redrive._record_tasks($1, $2, $3, $4, $5, $6)",
+	6, {OIDOID, TEXTARRAYOID, TEXTARRAYOID, 3807 /* jsonb[] */ , TEXTARRAYOID, 1000 /* bool[] */ }
+};
+
+/*
+ * SQL: trigger _task_source(key, status, test, payload...)
+ *
+ * Reads the rows with the rights of who changed them, and records tasks of the
+ * table's owner.
+ */
+Datum
+redrive__task_source(PG_FUNCTION_ARGS)
+{
+	TriggerData *data = (TriggerData *) fcinfo->context;
+	StringInfoData text;
+	char	  **args;
+	int			nargs;
+	RedriveQuery *query;
+	Oid			types[5] = {TEXTARRAYOID, TEXTARRAYOID, 3807, TEXTARRAYOID, 1000};
+	bool		isnull;
+	Datum		values[6];
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_STATEMENT(data->tg_event) || data->tg_newtable == NULL || data->tg_trigger->tgnargs < 3)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"_task_source\" was not called by a trigger of redrive.attach_task_source()"),
+				 errhint("Use redrive.attach_task_source().")));
+	args = data->tg_trigger->tgargs;
+	nargs = data->tg_trigger->tgnargs;
+
+	/* of several rows with one key the last one counts */
+	initStringInfo(&text);
+	appendStringInfo(&text,
+					 "SELECT pg_catalog.array_agg(t.key), pg_catalog.array_agg(t.status), pg_catalog.array_agg(t.payload), pg_catalog.array_agg(NULL::pg_catalog.text), pg_catalog.array_agg(t.test)"
+					 " FROM (SELECT DISTINCT ON (s.key) s.key, s.status, s.payload, s.test FROM"
+					 " (SELECT pg_catalog.row_number() OVER () AS n, (r.%s)::pg_catalog.text AS key, (r.%s)::pg_catalog.text AS status, ",
+					 quote_identifier(args[0]), quote_identifier(args[1]));
+	if (nargs == 3)
+		appendStringInfoString(&text, "pg_catalog.to_jsonb(r)");
+	else
+	{
+		appendStringInfoString(&text, "pg_catalog.jsonb_build_object(");
+		for (int i = 3; i < nargs; i++)
+			appendStringInfo(&text, "%s%s, r.%s", i > 3 ? ", " : "", quote_literal_cstr(args[i]), quote_identifier(args[i]));
+		appendStringInfoChar(&text, ')');
+	}
+	appendStringInfoString(&text, " AS payload, ");
+	if (args[2][0] != '\0')
+		appendStringInfo(&text, "coalesce(r.%s, false)", quote_identifier(args[2]));
+	else
+		appendStringInfoString(&text, "false");
+	appendStringInfoString(&text, " AS test FROM redrive_rows AS r) AS s WHERE s.key OPERATOR(pg_catalog.<>) '' AND s.status IS NOT NULL ORDER BY s.key, s.n DESC) AS t");
+
+	redrive_connect();
+	redrive_trigger_rows(data);
+	query = redrive_query_open(text.data, lengthof(types), types, "the columns of a task source");
+	if (redrive_query_fetch(query, 1) == 1)
+	{
+		values[0] = ObjectIdGetDatum(data->tg_relation->rd_rel->relowner);
+		for (int i = 0; i < lengthof(types); i++)
+			values[i + 1] = redrive_query_column(query, 0, i + 1, &isnull);
+		if (!isnull)
+			(void) redrive_sql(&record_tasks, values, NULL);
+	}
+	redrive_query_close(query);
+	redrive_disconnect();
+	PG_RETURN_NULL();
+}

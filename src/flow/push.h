@@ -1,0 +1,133 @@
+/*-------------------------------------------------------------------------
+ *
+ * push.h
+ *	  Pushes: platforms as the pusher knows them, claims, results, records.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_PUSH_H
+#define REDRIVE_PUSH_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "nodes/pg_list.h"
+
+#include "base/http.h"
+
+/* How much of an answer is kept in the log. */
+#define REDRIVE_KEPT_ANSWER 4096
+
+typedef enum BreakerState
+{
+	BREAKER_CLOSED,				/* requests are sent -> OPEN */
+	BREAKER_OPEN,				/* none are, until blocked_until -> HALF_OPEN */
+	BREAKER_HALF_OPEN			/* a few probes are -> CLOSED, OPEN */
+} BreakerState;
+
+/* A platform: its configuration, and what the pusher has learned about it. */
+typedef struct Platform
+{
+	int32		platform_id;
+	char	   *name;
+	int64		config_version;
+	bool		paused;
+	bool		has_build;
+	bool		has_success_when;
+	const char *trouble;		/* why nothing can be sent, or NULL */
+
+	/* what requests are made of */
+	char	   *method;
+	char	   *url;
+	const char **headers;		/* with room for ours at the end */
+	int			n_headers;
+	char	   *signing[2];		/* keys, or NULL */
+	RedriveAddressRange *allow;
+	int			n_allow;
+	int			timeout_ms;
+	int			connect_timeout_ms;
+	bool		allow_http;
+	int		   *permanent;		/* statuses that are not retried */
+	int			n_permanent;
+	double		retry_interval_s;
+
+	/* limits */
+	int			max_in_flight;
+	double		rate_limit;		/* per second, 0 = none */
+	double		tokens;			/* requests that may be sent now */
+	TimestampTz tokens_at;
+	int			in_flight;
+	int			limit;			/* at the moment: grows with successes */
+
+	/* circuit breaker; rows of platform_states are copies of this */
+	BreakerState breaker;
+	char		reason[120];
+	TimestampTz opened_at;
+	TimestampTz blocked_until;
+	int			times_opened;
+	int			failures_in_row;
+	int			successes_in_row;
+	TimestampTz window_started_at;
+	int64		window_attempts;
+	int64		window_failures;
+	int64		new_attempts;	/* since it was written down */
+	int64		new_delivered;
+	bool		changed;		/* has to be written down */
+	bool		gone;			/* answered 410: to be paused */
+	bool		more_due;		/* there may be something to claim */
+	int			asked;			/* how many the claim asked for, less what it
+								 * got */
+	TimestampTz ready_at;		/* when it may be claimed for */
+} Platform;
+
+/* One push that is under way, then its result. */
+typedef struct Push
+{
+	struct Push *next;			/* in the list of results */
+	int64		push_id;
+	int64		attempt_no;		/* the fence */
+	int64		version;
+	Platform   *platform;
+	bool		is_probe;
+	TimestampTz started_at;
+
+	TimestampTz finished_at;
+	bool		given_back;		/* nothing was sent; no attempt is counted */
+	bool		delivered;
+	bool		charged;		/* costs a retry */
+	bool		permanent;		/* is not retried */
+	bool		blocked;		/* not before the configuration changes */
+	int			wait_ms;		/* the least time to the next attempt */
+	const char *error_class;	/* NULL = none */
+	int			status;
+	int			curl_code;
+	const char *message;		/* NULL = none */
+	char	   *response;		/* what is kept of the answer, or NULL */
+	char	   *answer;			/* all of it, if success_when wants it and it
+								 * is JSON */
+} Push;
+
+/* What a claim gives. */
+typedef struct Claimed
+{
+	Push	   *push;
+	char	   *id;				/* webhook-id */
+	char	   *body;
+} Claimed;
+
+/* push.c */
+extern List *redrive_load_platforms(List *known, MemoryContext cxt);
+extern int64 redrive_platforms_version(void);
+extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt);
+extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
+extern void redrive_write_platforms(List *platforms);
+extern TimestampTz redrive_next_push(List *platforms, List *claimed);
+extern void redrive_look_at_all(List *platforms);
+extern int64 redrive_reap_pushes(int64 pusher);
+
+/* push_result.c */
+extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);
+extern int	redrive_room_of(Platform *platform, int share, TimestampTz now);
+extern TimestampTz redrive_platform_ready_at(Platform *platform, TimestampTz now);
+
+#endif							/* REDRIVE_PUSH_H */

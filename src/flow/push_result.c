@@ -1,0 +1,296 @@
+/*-------------------------------------------------------------------------
+ *
+ * push_result.c
+ *	  What an attempt to push means: for its push, and for its platform.
+ *
+ * A platform that is down, slow or asks us to wait must not cost its pushes
+ * their retries: the breaker opens, and they wait without spending anything.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "common/hashfn.h"
+#include "common/jsonapi.h"
+#include "mb/pg_wchar.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "flow/push.h"
+
+#define FIRST_LIMIT 4
+#define FAILURES_IN_ROW 5
+#define WINDOW_US INT64CONST(300000000)
+#define WINDOW_ATTEMPTS 10
+#define WINDOW_SHARE 0.7
+#define OPEN_US INT64CONST(30000000)
+#define OPEN_MAX_US INT64CONST(900000000)
+#define PROBES 2
+#define MAX_WAIT_S 3600			/* the longest that a platform can ask for */
+#define OUR_FAULT_MS 2000
+
+/* Is this text JSON that has a chance to become jsonb? */
+static bool
+is_json(char *text)
+{
+	static JsonSemAction nothing;
+	JsonLexContext *lex = makeJsonLexContextCstringLen(text, strlen(text), GetDatabaseEncoding(), false);
+
+	return pg_parse_json(lex, &nothing) == JSON_SUCCESS;
+}
+
+static void
+fail(Push *push, const char *error_class, bool charged)
+{
+	push->error_class = error_class;
+	push->charged = charged;
+}
+
+/* Judge an answer by its status. */
+static void
+judge_status(Push *push, const RedriveHttpResult *http)
+{
+	Platform   *platform = push->platform;
+	const int	status = http->status;
+
+	push->message = psprintf("The answer was %d.", status);
+	if (status >= 200 && status < 300)
+	{
+		push->delivered = true;
+		push->message = NULL;
+		if (platform->has_success_when)
+		{
+			char	   *answer = http->truncated ? NULL : redrive_clean_text(http->body, http->body_len, http->body_len);
+
+			/* the rest is judged by the statement that records it */
+			if (answer == NULL || !is_json(answer))
+			{
+				push->delivered = false;
+				push->message = http->truncated ? "The answer is too long." : "The answer is not JSON.";
+				fail(push, "rejected", true);
+			}
+			else
+				push->answer = answer;
+		}
+		return;
+	}
+	for (int i = 0; i < platform->n_permanent; i++)
+		if (platform->permanent[i] == status)
+			push->permanent = true;
+	if (status == 429 || (status == 503 && http->retry_after_s > 0))
+	{
+		fail(push, "throttled", false);
+		push->wait_ms = Min(http->retry_after_s, MAX_WAIT_S) * 1000;
+	}
+	else if (status == 401 || status == 403 || status == 407)
+		fail(push, "credential", false);
+	else if (status == 410)
+		fail(push, "gone", false);
+	else if (status >= 300 && status < 400)
+		fail(push, "redirect", true);
+	else if (status == 408 || status == 425 || status >= 500 || status < 200)
+		fail(push, "transient", true);
+	else
+		fail(push, "client_error", true);
+}
+
+/* Open the breaker of a platform for a time. */
+static void
+open_breaker(Platform *platform, TimestampTz now, int64 wait_us, const char *reason)
+{
+	platform->breaker = BREAKER_OPEN;
+	platform->opened_at = now;
+	platform->blocked_until = now + wait_us;
+	platform->successes_in_row = 0;
+	platform->limit = FIRST_LIMIT;
+	strlcpy(platform->reason, reason, sizeof(platform->reason));
+}
+
+static void
+close_breaker(Platform *platform)
+{
+	platform->breaker = BREAKER_CLOSED;
+	platform->blocked_until = 0;
+	platform->opened_at = 0;
+	platform->times_opened = 0;
+	platform->failures_in_row = 0;
+	platform->window_attempts = 0;
+	platform->window_failures = 0;
+	platform->reason[0] = '\0';
+}
+
+/* How long the breaker stays open now: longer each time in a row. */
+static int64
+open_time(Platform *platform)
+{
+	int64		time = OPEN_US << Min(platform->times_opened, 10);
+
+	platform->times_opened++;
+	return Min(time, OPEN_MAX_US);
+}
+
+/*
+ * Let the platform's breaker and limits learn from a result.
+ *
+ * Says so in the log when the breaker opens or closes; nothing of the request
+ * is in there.
+ */
+static void
+teach_platform(Push *push)
+{
+	Platform   *platform = push->platform;
+	const char *class = push->error_class;
+	const TimestampTz now = push->finished_at;
+	const BreakerState before = platform->breaker;
+
+	/* errors of ours, and those of a single task, say nothing about it */
+	const bool	neutral = class != NULL && (strcmp(class, "ours") == 0 || strcmp(class, "policy") == 0 || strcmp(class, "client_error") == 0);
+	const bool	hard = class != NULL && (strcmp(class, "not_sent") == 0 || strcmp(class, "timeout") == 0 || strcmp(class, "tls") == 0 ||
+										 strcmp(class, "credential") == 0);
+
+	platform->changed = true;
+	platform->new_attempts++;
+	if (push->delivered)
+		platform->new_delivered++;
+	if (neutral)
+		return;
+	if (platform->window_started_at == 0 || now - platform->window_started_at > WINDOW_US)
+	{
+		platform->window_started_at = now;
+		platform->window_attempts = 0;
+		platform->window_failures = 0;
+	}
+	platform->window_attempts++;
+	if (push->delivered)
+	{
+		platform->limit = Min(platform->limit + 1, platform->max_in_flight);
+		platform->failures_in_row = 0;
+		platform->successes_in_row++;
+		if (platform->breaker != BREAKER_CLOSED && platform->successes_in_row >= PROBES)
+			close_breaker(platform);
+	}
+	else
+	{
+		platform->window_failures++;
+		platform->successes_in_row = 0;
+		platform->failures_in_row = hard ? platform->failures_in_row + 1 : platform->failures_in_row;
+		if (hard || strcmp(class, "throttled") == 0)
+			platform->limit = Max(platform->limit / 2, 1);
+		if (strcmp(class, "gone") == 0)
+		{
+			platform->gone = true;
+			strlcpy(platform->reason, "it answered 410: it wants no more pushes", sizeof(platform->reason));
+		}
+		else if (strcmp(class, "throttled") == 0)
+			open_breaker(platform, now, Max(push->wait_ms * INT64CONST(1000), (int64) 1000000), "it asked to wait");
+		else if (platform->breaker == BREAKER_OPEN)
+			;					/* a late result of before */
+		else if (platform->breaker == BREAKER_HALF_OPEN)
+			open_breaker(platform, now, open_time(platform), psprintf("a probe failed: %s", class));
+		else if (strcmp(class, "credential") == 0 || strcmp(class, "tls") == 0)
+			open_breaker(platform, now, open_time(platform), psprintf("%s: %s", class, push->message != NULL ? push->message : ""));
+		else if (platform->failures_in_row >= FAILURES_IN_ROW)
+			open_breaker(platform, now, open_time(platform), psprintf("%d failures in a row: %s", platform->failures_in_row, class));
+		else if (platform->window_attempts >= WINDOW_ATTEMPTS && platform->window_failures >= WINDOW_SHARE * platform->window_attempts)
+			open_breaker(platform, now, open_time(platform), psprintf("%lld of %lld attempts failed: %s", (long long) platform->window_failures,
+																	  (long long) platform->window_attempts, class));
+	}
+	if (before == BREAKER_CLOSED && platform->breaker == BREAKER_OPEN)
+		ereport(LOG, (errmsg("pg_redrive stops pushing to platform \"%s\" for a while", platform->name),
+					  errdetail("Reason: %s.", platform->reason)));
+	else if (before != BREAKER_CLOSED && platform->breaker == BREAKER_CLOSED)
+		ereport(LOG, (errmsg("pg_redrive pushes to platform \"%s\" again", platform->name)));
+}
+
+/*
+ * Say what came of an attempt.
+ *
+ * Strings are palloc'd in the current context.
+ */
+void
+redrive_judge_push(Push *push, const RedriveHttpResult *http)
+{
+	push->finished_at = GetCurrentTimestamp();
+	push->status = http->status;
+	push->curl_code = http->curl_code;
+	if (http->body_len > 0)
+		push->response = redrive_clean_text(http->body, http->body_len, REDRIVE_KEPT_ANSWER);
+	if (http->curl_code == 0)
+		judge_status(push, http);
+	else
+	{
+		push->message = redrive_clean_text(http->error, strlen(http->error), sizeof(http->error));
+		if (http->refused)
+		{
+			fail(push, "policy", false);
+			push->blocked = true;
+		}
+		else if (http->ours)
+		{
+			fail(push, "ours", false);
+			push->wait_ms = OUR_FAULT_MS;
+			push->platform->limit = Max(push->platform->limit / 2, 1);
+		}
+		else if (http->tls)
+			fail(push, "tls", false);
+		else if (http->timed_out)
+			fail(push, "timeout", true);
+		else
+			fail(push, http->sent ? "ambiguous" : "not_sent", true);
+	}
+	/* a probe tells of the platform: its push pays nothing */
+	if (push->is_probe)
+		push->charged = false;
+	teach_platform(push);
+}
+
+/* How many more requests may be sent to a platform now. */
+int
+redrive_room_of(Platform *platform, int share, TimestampTz now)
+{
+	int			room = Min(Min(platform->limit, share), platform->max_in_flight) - platform->in_flight;
+
+	if (platform->paused || platform->gone || platform->trouble != NULL)
+		return 0;
+	if (platform->breaker == BREAKER_OPEN && now >= platform->blocked_until)
+	{
+		platform->breaker = BREAKER_HALF_OPEN;
+		platform->successes_in_row = 0;
+		platform->changed = true;
+		platform->more_due = true;
+	}
+	if (platform->breaker == BREAKER_OPEN)
+		return 0;
+	if (platform->breaker == BREAKER_HALF_OPEN)
+		room = Min(room, PROBES - platform->in_flight);
+	if (platform->rate_limit > 0)
+	{
+		const double most = Max(platform->rate_limit / 10, 1);
+
+		if (platform->tokens_at != 0)
+			platform->tokens += platform->rate_limit * (now - platform->tokens_at) / 1e6;
+		else
+			platform->tokens = most;
+		platform->tokens = Min(platform->tokens, most);
+		platform->tokens_at = now;
+		room = Min(room, (int) platform->tokens);
+	}
+	return Max(room, 0);
+}
+
+/* When it is worth looking at a platform that has something due; 0 = now. */
+TimestampTz
+redrive_platform_ready_at(Platform *platform, TimestampTz now)
+{
+	if (platform->paused || platform->gone || platform->trouble != NULL)
+		return DT_NOEND;
+	if (platform->breaker == BREAKER_OPEN)
+		return platform->blocked_until;
+	if (platform->breaker == BREAKER_HALF_OPEN && platform->in_flight > 0)
+		return DT_NOEND;		/* its results will tell */
+	if (platform->in_flight >= Min(platform->limit, platform->max_in_flight))
+		return DT_NOEND;
+	if (platform->rate_limit > 0 && platform->tokens < 1)
+		return now + (TimestampTz) ((1 - platform->tokens) / platform->rate_limit * 1e6) + 1000;
+	return 0;
+}
