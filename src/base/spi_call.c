@@ -33,6 +33,12 @@ static const char *const settings[][2] = {
 	{"jit", "off"},
 };
 
+/* And of those that look single rows up. */
+static const char *const lookup_settings[][2] = {
+	{"enable_hashjoin", "off"},
+	{"enable_mergejoin", "off"},
+};
+
 /*
  * Return the role that owns the extension's schema.
  *
@@ -87,6 +93,10 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	nestlevel = NewGUCNestLevel();
 	for (int i = 0; i < lengthof(settings); i++)
 		(void) set_config_option(settings[i][0], settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+	for (int i = 0; sql->lookups && i < lengthof(lookup_settings); i++)
+		(void) set_config_option(lookup_settings[i][0], lookup_settings[i][1],
 								 PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_SAVE, true, 0, false);
 

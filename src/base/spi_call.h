@@ -22,6 +22,8 @@ typedef struct RedriveSql
 	bool		once;			/* the plan goes with the connection */
 	SPIPlanPtr	plan;			/* made at first use, lives as long as the
 								 * backend */
+	bool		lookups;		/* joins look single rows up, whatever is
+								 * estimated */
 } RedriveSql;
 
 /* A user's query that is being read, with the caller's rights. */

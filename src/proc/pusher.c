@@ -394,6 +394,7 @@ redrive_pusher_main(Datum arg)
 {
 	int64		pusher;
 	TimestampTz next_due = 0;	/* 0 = at once */
+	TimestampTz not_before = 0; /* after an error */
 	TimestampTz reaped_at = 0;
 	uint32		wait_event;
 
@@ -437,12 +438,15 @@ redrive_pusher_main(Datum arg)
 		}
 		flush = n_results >= FLUSH_RESULTS ||
 			(n_results > 0 && (n_results >= redrive_http_in_flight(http) || TimestampDifferenceExceeds(first_result_at, now, FLUSH_MS)));
-		if (redrive_enabled ? (flush || now >= next_due) : flush)
+		if (now >= not_before && (flush || (redrive_enabled && now >= next_due)))
 		{
 			MemoryContextReset(claim_cxt);
 			MemoryContextSwitchTo(claim_cxt);
 			if (!take_turn(pusher, redrive_enabled, &next_due))
-				next_due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), AFTER_ERROR_MS);
+			{
+				not_before = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), AFTER_ERROR_MS);
+				next_due = not_before;
+			}
 			MemoryContextSwitchTo(TopMemoryContext);
 			if (platforms == NIL && n_results == 0 && platforms_version >= 0)
 				break;			/* there is nothing to push to */
@@ -455,7 +459,7 @@ redrive_pusher_main(Datum arg)
 		if (redrive_enabled && next_due != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, next_due));
 		if (n_results > 0)
-			sleep_ms = Min(sleep_ms, FLUSH_MS);
+			sleep_ms = Min(sleep_ms, Max(FLUSH_MS, TimestampDifferenceMilliseconds(now, not_before)));
 		n = WaitEventSetWait(wait_set, sleep_ms, events, lengthof(events), wait_event);
 		for (int i = 0; i < n; i++)
 			if (events[i].events & WL_LATCH_SET)
