@@ -144,8 +144,7 @@ BEGIN
         max_in_flight = coalesce(p_max_in_flight, max_in_flight),
         rate_limit = CASE WHEN 'rate_limit' = ANY (v_unset) THEN NULL ELSE coalesce(p_rate_limit, rate_limit) END,
         allow_http = coalesce(p_allow_http, allow_http),
-        allow_cidr = coalesce(p_allow_cidr, allow_cidr),
-        config_version = config_version + 1
+        allow_cidr = coalesce(p_allow_cidr, allow_cidr)
     WHERE platform_id = p.platform_id;
     PERFORM redrive._rearm(p.platform_id);
 EXCEPTION WHEN check_violation THEN
@@ -162,6 +161,8 @@ BEGIN
     UPDATE redrive.pushes AS u SET state = 'pending', next_attempt_at = now()
     FROM redrive.tasks AS t
     WHERE u.platform_id = p_platform_id AND u.state = 'blocked' AND t.task_id = u.task_id AND NOT t.is_test;
+    -- the pusher reads the platform again
+    UPDATE redrive.platforms SET config_version = config_version + 1 WHERE platform_id = p_platform_id;
     UPDATE redrive.platform_states SET breaker = 'closed', reason = NULL, opened_at = NULL, blocked_until = NULL, times_opened = 0,
         failures_in_row = 0, successes_in_row = 0, window_attempts = 0, window_failures = 0
     WHERE platform_id = p_platform_id;
@@ -240,7 +241,7 @@ BEGIN
         INSERT INTO redrive.platform_secrets (platform_id, kind, secret) VALUES (p.platform_id, v_kind, p_secret)
         ON CONFLICT (platform_id, kind) DO UPDATE SET secret = excluded.secret, set_at = now();
     END IF;
-    UPDATE redrive.platforms SET config_version = config_version + 1, secrets = (
+    UPDATE redrive.platforms SET secrets = (
             SELECT coalesce(array_agg(s.kind ORDER BY s.kind), '{}') FROM redrive.platform_secrets AS s WHERE s.platform_id = p.platform_id)
     WHERE platform_id = p.platform_id;
     PERFORM redrive._rearm(p.platform_id);

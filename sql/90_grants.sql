@@ -118,7 +118,7 @@ BEGIN
     FOR r IN
         SELECT c.oid::regclass AS relation, CASE c.relname WHEN 'classification_rules' THEN 'WHERE NOT builtin' ELSE '' END AS filter
         FROM pg_class AS c
-        WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'S')
+        WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'S') AND c.relname <> 'platform_secrets'
         ORDER BY c.oid
     LOOP
         PERFORM pg_extension_config_dump(r.relation, r.filter);

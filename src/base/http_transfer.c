@@ -63,14 +63,25 @@ close_socket(void *arg, curl_socket_t fd)
 /*
  * libcurl: about to send on a connection.  It may be one that was opened for
  * another request, with another list.
+ *
+ * When such a connection breaks, libcurl sends the request again by itself, up
+ * to five times.  But that is an attempt, and those are counted by others.
  */
 static int
 check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, int local_port)
 {
 	Transfer   *transfer = arg;
 
+	if (transfer->begun)
+	{
+		transfer->again = true;
+		return CURL_PREREQFUNC_ABORT;
+	}
 	if (redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
+	{
+		transfer->begun = true;
 		return CURL_PREREQFUNC_OK;
+	}
 	transfer->refused = true;
 	transfer->opened = false;
 	return CURL_PREREQFUNC_ABORT;
@@ -305,7 +316,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->transfer = transfer;
 	result->curl_code = code;
 	result->status = status;
-	result->sent = status > 0 || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
+	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
 	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened;
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
@@ -327,6 +338,8 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 		snprintf(result->error, sizeof(result->error), "time-out after %d ms, %s", (int) (total / 1000), phase(easy, result->sent));
 	else if (transfer->header_bytes > MAX_HEADER_BYTES)
 		snprintf(result->error, sizeof(result->error), "the headers of the answer are too long");
+	else if (transfer->again)
+		snprintf(result->error, sizeof(result->error), "the connection was closed before an answer came");
 	else if (code != CURLE_OK)
 		snprintf(result->error, sizeof(result->error), "%s", curl_easy_strerror(code));
 }

@@ -35,6 +35,8 @@ typedef struct Transfer
 	bool		refused;		/* an address was */
 	bool		opened;			/* a socket was */
 	int			open_errno;		/* why none could be */
+	bool		begun;			/* the request has been sent, or partly */
+	bool		again;			/* and libcurl wanted to send it again */
 	size_t		header_bytes;
 	bool		truncated;
 	char	   *answer;

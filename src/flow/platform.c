@@ -31,7 +31,7 @@
 #include "flow/handler.h"
 #include "flow/platform.h"
 
-#define BUILD_ARG 8
+#define BUILD_ARG 7
 
 PG_FUNCTION_INFO_V1(redrive_create_platform);
 PG_FUNCTION_INFO_V1(redrive_alter_platform);

@@ -252,8 +252,6 @@ record_apart(Push **pushes, int n)
 static void
 forget_results(void)
 {
-	ListCell   *lc;
-
 	while (results != NULL)
 	{
 		Push	   *push = results;
@@ -264,6 +262,14 @@ forget_results(void)
 	last_result = &results;
 	n_results = 0;
 	MemoryContextReset(results_cxt);
+}
+
+/* What the breakers have learned has been written down. */
+static void
+platforms_are_written(void)
+{
+	ListCell   *lc;
+
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);
@@ -349,7 +355,11 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			return false;
 		record_apart(pushes, n);
+		/* nothing was claimed, and the platforms are still to be written */
+		*next_due = 0;
 	}
+	else
+		platforms_are_written();
 	forget_results();
 	/* signing wants an owner for what the cryptographic library allocates */
 	CurrentResourceOwner = sending_owner;

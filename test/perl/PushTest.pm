@@ -1,0 +1,58 @@
+# Helpers of the tests that push: a receiver whose log is the truth.
+package PushTest;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use FindBin;
+use IPC::Run;
+use JSON::PP;
+use PostgreSQL::Test::Utils;
+use Time::HiRes qw(time usleep);
+
+our @EXPORT = qw(start_receiver stop_receiver received platform);
+
+# Start a receiver; return { port, dir, process }.  See test/receiver.py.
+sub start_receiver
+{
+	my ($secret) = @_;
+	my $dir = PostgreSQL::Test::Utils::tempdir;
+	my $out = "$dir/out";
+	my $process = IPC::Run::start([ 'python3', "$FindBin::Bin/../receiver.py", $dir, $secret // () ], '<', \undef, '>', $out, '2>&1');
+	my $end = time() + 30;
+
+	usleep(20_000) until -s "$dir/port" || time() > $end;
+	die 'the receiver did not start: ' . slurp_file($out) unless -s "$dir/port";
+	return { dir => $dir, port => slurp_file("$dir/port"), process => $process };
+}
+
+sub stop_receiver
+{
+	my ($receiver) = @_;
+
+	$receiver->{process}->kill_kill;
+	return;
+}
+
+# Return what has arrived, oldest first.
+sub received
+{
+	my ($receiver, $path) = @_;
+
+	return () unless -e "$receiver->{dir}/requests";
+	return grep { !defined $path || $_->{path} eq $path } map { decode_json($_) } grep { /\}$/ } split /\n/, slurp_file("$receiver->{dir}/requests");
+}
+
+# Create a platform that pushes to the receiver.
+sub platform
+{
+	my ($node, $receiver, $name, $path, $more) = @_;
+
+	$node->safe_psql('postgres',
+		"SELECT redrive.create_platform('$name', 'http://127.0.0.1:$receiver->{port}$path', allow_http => true, allow_cidr => '{127.0.0.0/8}'"
+		  . ($more ? ", $more" : '') . ')');
+	return;
+}
+
+1;

@@ -1,0 +1,217 @@
+# Pushes: what each kind of answer means, that slow ones delay nobody, and that nothing is lost when processes die.
+# The log of the receiver is the truth.  Taken out, these turn it red: the fence by attempt_no and the comparison of versions in the record
+# (flow/push.c), the size limits in http_transfer.c, the lease reaper, the idempotency key of a version.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use PushTest;
+use RedriveTest;
+use Test::More;
+
+my $secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwAAAA';
+my $node = new_node('push', conf => "log_statement = 'none'\n");
+my $receiver = start_receiver($secret);
+
+# one value for a platform
+sub push_of
+{
+	my ($platform, $what) = @_;
+
+	return $node->safe_psql('postgres',
+		"SELECT $what FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id JOIN redrive.tasks AS t ON t.task_id = u.task_id WHERE p.name = '$platform'");
+}
+
+# wait until all pushes of a platform are in a state
+sub becomes
+{
+	my ($platform, $state, $name) = @_;
+
+	return ok( poll_until($node,
+			"SELECT count(*) > 0 AND bool_and(u.state = '$state') FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id WHERE p.name = '$platform'"),
+		$name)
+	  || diag(push_of($platform, "u.state || ' ' || u.attempt_no || ' ' || coalesce(u.message, '')"));
+}
+
+sub drop_platforms
+{
+	$node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
+	return;
+}
+
+# A delivery: headers, signature, body.
+platform($node, $receiver, 'good', '/ok', "headers => '{\"X-Tenant\": \"a\"}'");
+$node->safe_psql('postgres', "SELECT redrive.set_platform_secret('good', 'signing', '$secret')");
+$node->safe_psql('postgres', "SELECT redrive.set_platform_secret('good', 'bearer', 'a-very-secret-token')");
+$node->safe_psql('postgres', "SELECT redrive.record_task('form 1', 'submitted', '{\"who\": \"\\u00e4\"}', 'approval')");
+becomes('good', 'delivered', 'a task is pushed');
+my ($request) = received($receiver, '/ok');
+is($request->{signed}, JSON::PP::true(), 'its signature is right');
+is($request->{headers}{'x-tenant'}, 'a', 'a header of the platform');
+is($request->{headers}{authorization}, 'Bearer a-very-secret-token', 'the token');
+is($request->{headers}{'content-type'}, 'application/json', 'the type');
+like($request->{body}, qr/"task_key" : "form 1".*"status" : "submitted".*"version" : 1.*"process" : "approval".*"who"/, 'the body');
+is($request->{sequence}, 1, 'the sequence');
+# the keys are rotated: two signatures
+$node->safe_psql('postgres', "SELECT redrive.set_platform_secret('good', 'signing', 'another key of thirty-two bytes!')");
+$node->safe_psql('postgres', "SELECT redrive.record_task('form 1', 'approved')");
+becomes('good', 'delivered', 'a new status is pushed');
+($request) = grep { $_->{sequence} == 2 } received($receiver, '/ok');
+is($request->{signed}, JSON::PP::true(), 'the old key still signs');
+is(scalar(split / /, $request->{headers}{'webhook-signature'}), 2, 'and so does the new one');
+is(push_of('good', 'u.pushed_status'), 'approved', 'the status that was pushed');
+is(push_of('good', 'u.pushed_version'), 2, 'and its version');
+# not in a place where others could look
+my $dump = $node->run_log([ 'pg_dump', '-f', "$receiver->{dir}/dump.sql", $node->connstr('postgres') ]) ? slurp_file("$receiver->{dir}/dump.sql") : '';
+unlike($dump, qr/a-very-secret|another key|MfKQ9r8/, 'a dump has no secrets');
+like($dump, qr/form 1/, 'but the tasks');
+unlike($node->safe_psql('postgres', "SELECT query FROM pg_stat_activity"), qr/a-very-secret/, 'nor has pg_stat_activity');
+my (undef, undef, $error) = $node->psql('postgres', "SELECT redrive.set_platform_secret('nowhere', 'bearer', 'a-very-secret-token')");
+like($error, qr/platform "nowhere" does not exist/, 'an error about a secret');
+unlike($error, qr/a-very-secret/, 'does not show it');
+unlike(slurp_file($node->logfile), qr/a-very-secret|another key|MfKQ9r8/, 'nor does the log');
+drop_platforms();
+
+# What each answer means: state in the end, class, attempts that arrived, and whether they cost retries.
+my @table = (
+	[ '/status/204', 'delivered', '', 1 ],
+	[ '/status/500', 'dead', 'transient', 2 ],
+	[ '/status/404', 'dead', 'client_error', 2 ],
+	[ '/status/408', 'dead', 'transient', 2 ],
+	[ '/redirect', 'dead', 'redirect', 2 ],
+	[ '/first/1', 'delivered', '', 2 ],
+	[ '/json/%7B%22code%22%3A0%7D', 'delivered', '', 1, "success_when => '\$.code == 0'" ],
+	[ '/json/%7B%22code%22%3A500%7D', 'dead', 'rejected', 2, "success_when => '\$.code == 0'" ],
+	[ '/json/nonsense', 'dead', 'rejected', 2, "success_when => '\$.code == 0'" ],
+	[ '/json/%7B%22code%22%3A1e999999%7D', 'dead', 'rejected', 2, "success_when => '\$.code == 0'" ],
+	[ '/json/%22%5Cu0000%22', 'dead', 'rejected', 2, "success_when => '\$.code == 0'" ],
+	[ '/status/422', 'dead', 'client_error', 1, "permanent_status => '{422}'" ],
+	[ '/bytes', 'delivered', '', 1 ],
+	[ '/huge', 'delivered', '', 1 ],
+	[ '/headers', 'dead', 'ambiguous', 2 ],
+	[ '/close', 'dead', 'ambiguous', 2 ],
+	[ '/reset', 'dead', 'ambiguous', 2 ],
+	[ '/drip', 'dead', 'timeout', 2, "timeout => '300 ms', connect_timeout => '300 ms'" ],
+	[ '/delay/30', 'dead', 'timeout', 2, "timeout => '300 ms', connect_timeout => '300 ms'" ],
+	[ '/status/429', 'waiting', 'throttled', 1 ],
+	[ '/retry-after/503/120', 'waiting', 'throttled', 1 ],
+	[ '/status/401', 'waiting', 'credential', 1 ],
+	[ '/status/410', 'waiting', 'gone', 1 ],
+);
+platform($node, $receiver, $_->[0], $_->[0], "max_retries => 1, retry_interval => '10 ms'" . ($_->[4] ? ", $_->[4]" : '')) foreach @table;
+# addresses that are refused: nothing is sent, in any spelling
+my %refused = (
+	'loopback' => 'https://127.0.0.1/', 'decimal' => 'https://2130706433/', 'octal' => 'https://0177.0.0.1/', 'hex' => 'https://0x7f000001/', 'short' => 'https://127.1/',
+	'mapped' => 'https://[::ffff:127.0.0.1]/', 'nat64' => 'https://[64:ff9b::7f00:1]/', '6to4' => 'https://[2002:7f00:1::]/', 'v6' => 'https://[::1]/', 'name' => 'https://localhost/',
+	'private' => 'https://10.0.0.1/', 'metadata' => 'https://169.254.169.254/latest/meta-data/', 'any' => 'https://0.0.0.0/');
+$node->safe_psql('postgres', "SELECT redrive.create_platform('$_', '$refused{$_}')") foreach sort keys %refused;
+$node->safe_psql('postgres', "SELECT redrive.create_platform('opened metadata', 'https://169.254.169.254/', allow_cidr => '{0.0.0.0/0}')");
+# nobody listens there
+$node->safe_psql('postgres', "SELECT redrive.create_platform('nobody', 'http://127.0.0.1:1/', allow_http => true, allow_cidr => '{127.0.0.0/8}', max_retries => 1, retry_interval => '10 ms')");
+# no TLS there
+$node->safe_psql('postgres', "SELECT redrive.create_platform('no tls', 'https://127.0.0.1:$receiver->{port}/tls', allow_cidr => '{127.0.0.0/8}')");
+
+$node->safe_psql('postgres', "SELECT redrive.record_task('task', 'done')");
+foreach my $row (@table)
+{
+	my ($path, $state, $class, $attempts) = @$row;
+
+	becomes($path, $state, "$path: $state");
+	is(push_of($path, "coalesce(u.error_class, '')"), $class, "$path: class") unless $state eq 'delivered';
+	my @arrived = received($receiver, $path);
+	is(scalar @arrived, $attempts, "$path: requests that arrived");
+	is(scalar(keys %{ { map { $_->{id} => 1 } @arrived } }), 1, "$path: under one id");
+	is(push_of($path, 'u.retry_count'), $state eq 'waiting' ? 0 : $attempts - 1, "$path: retries") unless $state eq 'delivered' && $attempts == 1;
+}
+foreach my $name (sort(keys %refused), 'opened metadata')
+{
+	becomes($name, 'blocked', "$name: blocked");
+	is(push_of($name, "u.error_class || u.retry_count"), 'policy0', "$name: by policy, for free");
+}
+becomes('nobody', 'dead', 'nobody listens: dead');
+is(push_of('nobody', 'u.error_class'), 'not_sent', 'nobody listens: not sent');
+becomes('no tls', 'waiting', 'no TLS: waits');
+is(push_of('no tls', "u.error_class || u.retry_count"), 'tls0', 'no TLS: for free');
+is( $node->safe_psql('postgres', "SELECT string_agg(p.name, ', ' ORDER BY p.name) FROM redrive.platform_states AS s JOIN redrive.platforms AS p ON p.platform_id = s.platform_id WHERE s.breaker <> 'closed'"),
+	'/retry-after/503/120, /status/401, /status/429, no tls', 'breakers that are open');
+is($node->safe_psql('postgres', "SELECT string_agg(name, ', ') FROM redrive.platforms WHERE paused"), '/status/410', 'who is gone is paused');
+like(push_of('/bytes', "(SELECT l.response FROM redrive.push_log AS l WHERE l.push_id = u.push_id)"), qr/^a$/, 'bytes after NUL are not stored');
+is(push_of('/huge', "(SELECT length(l.response) FROM redrive.push_log AS l WHERE l.push_id = u.push_id)"), 4096, 'of a huge answer the begin is');
+is($node->safe_psql('postgres', "SELECT count(*) FROM redrive.push_log AS l JOIN redrive.pushes AS u ON u.push_id = l.push_id GROUP BY u.push_id, u.attempt_no HAVING count(*) <> u.attempt_no"), '', 'a row of the log per attempt');
+drop_platforms();
+
+# A slow platform delays nobody, a change while a push is under way is pushed after it, and an outage costs no retries.
+platform($node, $receiver, 'slow', '/delay/1', "max_in_flight => 50");
+platform($node, $receiver, 'fast', '/fast');
+$node->safe_psql('postgres', "SELECT redrive.record_task('t' || n, 'first') FROM generate_series(1, 50) AS n");
+becomes('fast', 'delivered', 'the fast platform has all');
+is($node->safe_psql('postgres', "SELECT bool_and(u.state <> 'delivered') FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id WHERE p.name = 'slow'"), 't', 'while the slow one has none yet');
+ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id WHERE p.name = 'slow' AND u.state = 'in_flight'"), 'some are under way');
+$node->safe_psql('postgres', "SELECT redrive.record_task('t' || n, 'second') FROM generate_series(1, 50) AS n");
+becomes('slow', 'delivered', 'the slow platform has all in the end');
+my %last;
+my $disorder = 0;
+foreach my $r (received($receiver, '/delay/1'))
+{
+	my ($key) = $r->{body} =~ /"task_key" : "(\w+)"/;
+	$disorder++ if ($last{$key} // 0) > $r->{sequence};
+	$last{$key} = $r->{sequence};
+}
+is($disorder, 0, 'in order');
+is(join(',', keys %{ { map { $_ => 1 } values %last } }), '2', 'the latest status of each');
+drop_platforms();
+append_to_file("$receiver->{dir}/down", '');
+platform($node, $receiver, 'outage', '/outage', "retry_interval => '1 ms'");
+$node->safe_psql('postgres', "SELECT redrive.record_task('t' || n, 'first') FROM generate_series(1, 100) AS n");
+ok(poll_until($node, "SELECT s.breaker = 'open' FROM redrive.platform_states AS s"), 'the breaker opens');
+unlink("$receiver->{dir}/down");
+$node->safe_psql('postgres', "SELECT redrive.resume_platform('outage')");
+becomes('outage', 'delivered', 'after the outage everything is delivered');
+drop_platforms();
+
+# Processes die at bad moments.
+platform($node, $receiver, 'crash', '/delay/0.01', "retry_interval => '10 ms', max_retries => 20, max_in_flight => 20");
+my $n = 300;
+foreach my $round (1 .. 3)
+{
+	$node->safe_psql('postgres', "SELECT redrive.record_task('c' || n, 'round $round') FROM generate_series(1, $n) AS n");
+	poll_until($node, "SELECT count(*) > 20 FROM redrive.pushes AS u JOIN redrive.tasks AS t ON t.task_id = u.task_id WHERE u.pushed_version = $round");
+	if ($round == 1)
+	{
+		kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'redrive pusher'");
+	}
+	elsif ($round == 2)
+	{
+		$node->stop('fast');
+		$node->start;
+	}
+	else
+	{
+		$node->stop('immediate');
+		$node->start;
+	}
+	ok(poll_until($node, "SELECT bool_and(u.state = 'delivered' AND u.pushed_status = 'round $round') FROM redrive.pushes AS u"), "everything is delivered, round $round")
+	  or diag($node->safe_psql('postgres', "SELECT state, error_class, message, count(*) FROM redrive.pushes GROUP BY 1, 2, 3"));
+}
+my (%ids, %latest);
+foreach my $r (received($receiver, '/delay/0.01'))
+{
+	next unless $r->{body} =~ /"task_key" : "(c\d+)".*"version" : (\d+)/;
+	$ids{"$1 $2"}{ $r->{id} } = 1;
+	$latest{$1} = $2 if $2 > ($latest{$1} // 0);
+}
+is(scalar(grep { keys %$_ > 1 } values %ids), 0, 'a version has one id, however often it came');
+is(scalar(grep { $_ == 3 } values %latest), $n, 'each task has arrived in its last version');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.pushes WHERE lease_until IS NOT NULL'), 0, 'no lease is left');
+
+# Leave.
+platform($node, $receiver, 'hanging', '/delay/60', "timeout => '1 min', lease => '2 min'");
+ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id WHERE p.name = 'hanging' AND u.state = 'in_flight'"), 'a push hangs');
+$node->safe_psql('postgres', 'DROP EXTENSION pg_redrive');
+pass('the extension can be dropped meanwhile');
+ok(poll_until($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type IN ('redrive pusher', 'redrive supervisor')"), 'and no process is left');
+
+$node->stop;
+stop_receiver($receiver);
+done_testing();
