@@ -3,8 +3,8 @@
 CREATE TYPE redrive.handler_kind AS ENUM ('row', 'set', 'external');
 COMMENT ON TYPE redrive.handler_kind IS 'How a handler gets its items: row = one item per call, set = an array of items per call, external = claimed by applications';
 
-CREATE TYPE redrive.handler_signature AS ENUM ('payload', 'key_payload', 'item');
-COMMENT ON TYPE redrive.handler_signature IS 'Arguments of a row function: payload = (jsonb), key_payload = (text, jsonb), item = (redrive.item)';
+CREATE TYPE redrive.handler_signature AS ENUM ('payload', 'key_payload', 'item', 'items');
+COMMENT ON TYPE redrive.handler_signature IS 'Arguments of a handler''s function: payload = (jsonb), key_payload = (text, jsonb), item = (redrive.item), items = (redrive.item[])';
 
 CREATE TYPE redrive.isolation_mode AS ENUM ('chunk', 'item');
 COMMENT ON TYPE redrive.isolation_mode IS 'chunk = many items per transaction, a good item may be rolled back and run again; item = one transaction per item, each item runs once';
