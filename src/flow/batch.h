@@ -119,8 +119,10 @@ typedef struct RedrivePace
 	double		items;			/* of the calls of late, and the time they
 								 * took */
 	double		us;
-	double		seen;			/* items that failure_rate is an average of */
-	double		failure_rate;	/* of items whose call raised an error */
+	double		recent_rate;	/* of items whose call raised an error: of
+								 * late, */
+	double		rate;			/* ... and over a longer time */
+	double		seen;			/* items that rate is an average of */
 } RedrivePace;
 
 /* A claimed chunk and the page of its items that is in memory. */

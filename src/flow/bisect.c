@@ -8,8 +8,10 @@
  * then raises.  A half that succeeds is good and done; the bad item is in the
  * other half, which need not be called as a whole.  What was behind the half that
  * failed is not remembered: it is part of the next call, with items behind it.
- * With calls of about 0.7/p items, p being the rate of failures, that is
- * generalized binary splitting, about k log2(n/k) calls for k bad items of n.
+ * With calls of about 1/p items, p being the rate of failures, that is generalized
+ * binary splitting, about k log2(n/k) calls for k bad items of n.  Fewest calls
+ * would take twice the length that we use; but items that are run for nothing cost,
+ * too.
  *
  * The only state is chunk->fails_to, so an interval may end after any call.
  *
@@ -28,8 +30,15 @@
 /* A call has at most so many times the items of one that succeeded. */
 #define GROWTH 8
 
-/* The failure rate decays over about so many items, the time over these. */
-#define RATE_WINDOW 100
+/* A call has so many items times one over the rate of failures. */
+#define GROUP 0.35
+
+/*
+ * Averages decay over about so many items: the failure rate, for bursts and for
+ * failures that are rare, and the time that an item takes.
+ */
+#define RECENT_WINDOW 50
+#define RATE_WINDOW 2000
 #define PACE_WINDOW 5000
 
 /*
@@ -51,8 +60,8 @@ redrive_call_length(RedriveChunk *chunk, RedriveInterval *interval)
 		target_us = Min(target_us, chunk->handler.item_timeout / 2.0);
 	if (pace->us > 0)
 		length = Min(length, target_us * pace->items / pace->us);
-	if (pace->failure_rate > 0)
-		length = Min(length, 0.7 / pace->failure_rate);
+	if (pace->rate > 0)
+		length = Min(length, GROUP / Max(pace->rate, pace->recent_rate));
 	return (int) Max(Min(length, MAX_INTERVAL_ITEMS), 1);
 }
 
@@ -73,10 +82,11 @@ learn_time(RedrivePace *pace, int n, int64 us)
 static void
 learn_good(RedrivePace *pace, int n)
 {
+	pace->recent_rate *= pow(1 - 1.0 / RECENT_WINDOW, n);
 	if (pace->seen + n <= RATE_WINDOW)
-		pace->failure_rate *= pace->seen / (pace->seen + n);
+		pace->rate *= pace->seen / (pace->seen + n);
 	else
-		pace->failure_rate *= pow(1 - 1.0 / RATE_WINDOW, n);
+		pace->rate *= pow(1 - 1.0 / RATE_WINDOW, n);
 	pace->seen = Min(pace->seen + n, RATE_WINDOW);
 }
 
@@ -84,8 +94,9 @@ learn_good(RedrivePace *pace, int n)
 static void
 learn_bad(RedrivePace *pace)
 {
+	pace->recent_rate += (1 - pace->recent_rate) / RECENT_WINDOW;
 	pace->seen = Min(pace->seen + 1, RATE_WINDOW);
-	pace->failure_rate += (1 - pace->failure_rate) / pace->seen;
+	pace->rate += (1 - pace->rate) / pace->seen;
 }
 
 /* Give the items of a call that succeeded the outcomes that it returned. */
