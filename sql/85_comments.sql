@@ -331,7 +331,7 @@ COMMENT ON COLUMN redrive.workers.handler IS 'Name of the handler';
 COMMENT ON COLUMN redrive.workers.batch_id IS 'Number of the batch';
 COMMENT ON COLUMN redrive.workers.chunk_id IS 'Claim it works on';
 COMMENT ON COLUMN redrive.workers.state IS 'idle, claiming, running or callbacks';
-COMMENT ON COLUMN redrive.workers.item_no IS 'Item it is in; NULL = in none';
+COMMENT ON COLUMN redrive.workers.item_no IS 'Item it is in, of a set handler the first of the call; NULL = in none';
 COMMENT ON COLUMN redrive.workers.item_started_at IS 'Since when it is in it';
 COMMENT ON COLUMN redrive.workers.open_succeeded IS 'Items done since its last commit';
 COMMENT ON COLUMN redrive.workers.open_failed IS 'Items that failed since its last commit';

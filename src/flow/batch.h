@@ -119,6 +119,7 @@ typedef struct RedrivePace
 	double		items;			/* of the calls of late, and the time they
 								 * took */
 	double		us;
+	double		subxacts;		/* of the function itself, for each item */
 	double		recent_rate;	/* of items whose call raised an error: of
 								 * late, */
 	double		rate;			/* ... and over a longer time */

@@ -45,7 +45,8 @@
  * Return how many items the next call of a set handler gets.
  *
  * As many as take one commit interval, or half the time that one item may take;
- * fewer when items fail.  Half of those that are known to fail together.
+ * fewer when items fail, or when the function has subtransactions of its own.  Half
+ * of those that are known to fail together.
  */
 int
 redrive_call_length(RedriveChunk *chunk, RedriveInterval *interval)
@@ -60,6 +61,8 @@ redrive_call_length(RedriveChunk *chunk, RedriveInterval *interval)
 		target_us = Min(target_us, chunk->handler.item_timeout / 2.0);
 	if (pace->us > 0)
 		length = Min(length, target_us * pace->items / pace->us);
+	if (pace->subxacts > 0)
+		length = Min(length, (MAX_LIVE_SUBXACTS - redrive_live_subxacts()) / pace->subxacts);
 	if (pace->rate > 0)
 		length = Min(length, GROUP / Max(pace->rate, pace->recent_rate));
 	return (int) Max(Min(length, MAX_INTERVAL_ITEMS), 1);
@@ -132,6 +135,7 @@ redrive_run_set(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interva
 	RedrivePace *pace = &chunk->pace;
 	const int	first = interval->end;
 	const int	n = to - first;
+	const int	subxacts = redrive_live_subxacts() + 1;
 	const TimestampTz started_at = GetCurrentTimestamp();
 	SegmentResult result;
 	int64		us;
@@ -141,6 +145,7 @@ redrive_run_set(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interva
 	if (result.error == NULL)
 	{
 		pace->length = Max(pace->length, n);
+		pace->subxacts = Max((redrive_live_subxacts() - subxacts) / (double) n, pace->subxacts * 0.9);
 		learn_time(pace, n, us);
 		learn_good(pace, n);
 		take_outcomes(call, chunk, interval, slot);

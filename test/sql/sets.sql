@@ -292,6 +292,33 @@ CALL redrive.work();
 SELECT item_no, state, sqlstate FROM redrive.failed_items WHERE batch_id = batch('RD005');
 SELECT redrive.cancel_batch(batch('RD005'));
 
+-- A handler that catches the errors itself has a subtransaction for each item: still
+-- no transaction has so many (64) that snapshots get slow.
+CREATE TABLE seen (item int, top xid8 NOT NULL DEFAULT pg_current_xact_id());
+CREATE FUNCTION careful(items redrive.item[]) RETURNS SETOF redrive.outcome LANGUAGE plpgsql AS $$
+DECLARE
+    i redrive.item;
+BEGIN
+    FOREACH i IN ARRAY items LOOP
+        BEGIN
+            INSERT INTO scratch.seen VALUES (i.payload::int);
+            IF i.item_no % 10 = 0 THEN
+                RAISE EXCEPTION 'a tenth';
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            RETURN NEXT (i.item_no, 'failed', SQLERRM, SQLSTATE, NULL)::redrive.outcome;
+        END;
+    END LOOP;
+END
+$$;
+SELECT redrive.create_handler('careful', 'careful', 'set');
+SELECT submit('careful', 'careful', 1000) > 0 AS submitted;
+CALL redrive.work();
+SELECT count(*), count(DISTINCT item) FROM seen;
+SELECT max(n) <= 60 AS few_enough, count(*) < 60 AS few_transactions FROM (SELECT count(DISTINCT xmin::text) AS n FROM seen GROUP BY top) AS t;
+SELECT * FROM progress WHERE label = 'careful';
+SELECT * FROM broken;
+
 -- STRICT changes nothing, keys and payloads may be null.
 CREATE FUNCTION strict_take(items redrive.item[]) RETURNS void STRICT LANGUAGE sql AS $$
     INSERT INTO scratch.done SELECT i.batch_id, i.item_no, i.key, i.payload, i.attempt FROM unnest(items) AS i

@@ -1,4 +1,6 @@
 # The example of approvals runs as it stands, and what it leaves is what it tells.
+#
+# Seen red: without on_unlock in examples/approval/handlers.sql tasks stay locked.
 use strict;
 use warnings;
 
