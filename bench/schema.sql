@@ -69,6 +69,20 @@ BEGIN
 END
 $$;
 
+-- What set handlers are compared with: one UPDATE per p_size items, no books.
+CREATE PROCEDURE loop_set(p_n bigint, p_size int)
+LANGUAGE plpgsql AS $$
+DECLARE
+    s bigint := 1;
+BEGIN
+    WHILE s <= p_n LOOP
+        UPDATE todo SET state = 'approved', approved_at = now() WHERE id = ANY (ARRAY(SELECT generate_series(s, least(s + p_size - 1, p_n))));
+        COMMIT;
+        s := s + p_size;
+    END LOOP;
+END
+$$;
+
 -- Pick-up latency.
 CREATE TABLE ping (n int, started_at timestamptz);
 CREATE TABLE sent (n int, before_commit timestamptz, after_commit timestamptz);
@@ -105,6 +119,42 @@ CREATE TABLE bare (batch_id bigint, item_no bigint, payload jsonb, PRIMARY KEY (
 
 CREATE EXTENSION pg_redrive;
 SELECT redrive.create_handler('approve', 'approve', max_retries => 0);
+
+-- The same as set handlers: an UPDATE; one that raises; one that returns what it does not want.
+CREATE FUNCTION approve_set(items redrive.item[]) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE todo SET state = 'approved', approved_at = now() WHERE id = ANY (ARRAY(SELECT (i.payload ->> 'id')::bigint FROM unnest(items) AS i))
+$$;
+CREATE FUNCTION approve_set_or_raise(items redrive.item[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_bad bigint;
+BEGIN
+    WITH done AS (
+        UPDATE todo SET state = 'approved', approved_at = now()
+        WHERE id = ANY (ARRAY(SELECT (i.payload ->> 'id')::bigint FROM unnest(items) AS i))
+        RETURNING id, amount
+    )
+    SELECT min(id) INTO v_bad FROM done WHERE amount < 0;
+    IF v_bad IS NOT NULL THEN
+        RAISE EXCEPTION 'amount of todo % is negative', v_bad;
+    END IF;
+END
+$$;
+CREATE FUNCTION approve_set_and_tell(items redrive.item[]) RETURNS SETOF redrive.outcome
+LANGUAGE sql AS $$
+    WITH done AS (
+        UPDATE todo SET state = 'approved', approved_at = now()
+        WHERE id = ANY (ARRAY(SELECT (i.payload ->> 'id')::bigint FROM unnest(items) AS i)) AND amount >= 0
+        RETURNING id
+    )
+    SELECT i.item_no, 'failed'::redrive.outcome_kind, format('amount of todo %s is negative', i.payload ->> 'id'), NULL, NULL::interval
+    FROM unnest(items) AS i
+    WHERE (i.payload ->> 'id')::bigint NOT IN (SELECT id FROM done)
+$$;
+SELECT redrive.create_handler('approve_set', 'approve_set', 'set', max_retries => 0);
+SELECT redrive.create_handler('approve_set_or_raise', 'approve_set_or_raise', 'set', max_retries => 0);
+SELECT redrive.create_handler('approve_set_and_tell', 'approve_set_and_tell', 'set', max_retries => 0);
 SELECT redrive.create_handler('approve_now', 'approve_now', max_retries => 0);
 SELECT redrive.create_handler('ping', 'pong', max_retries => 0);
 SELECT redrive.create_handler('nothing', 'nothing', max_retries => 0);

@@ -3,8 +3,8 @@
 CREATE TYPE redrive.handler_kind AS ENUM ('row', 'set', 'external');
 COMMENT ON TYPE redrive.handler_kind IS 'How a handler gets its items: row = one item per call, set = an array of items per call, external = claimed by applications';
 
-CREATE TYPE redrive.handler_signature AS ENUM ('payload', 'key_payload', 'item');
-COMMENT ON TYPE redrive.handler_signature IS 'Arguments of a row function: payload = (jsonb), key_payload = (text, jsonb), item = (redrive.item)';
+CREATE TYPE redrive.handler_signature AS ENUM ('payload', 'key_payload', 'item', 'items');
+COMMENT ON TYPE redrive.handler_signature IS 'Arguments of a handler''s function: payload = (jsonb), key_payload = (text, jsonb), item = (redrive.item), items = (redrive.item[])';
 
 CREATE TYPE redrive.isolation_mode AS ENUM ('chunk', 'item');
 COMMENT ON TYPE redrive.isolation_mode IS 'chunk = many items per transaction, a good item may be rolled back and run again; item = one transaction per item, each item runs once';
@@ -29,6 +29,12 @@ COMMENT ON TYPE redrive.rule_action IS 'ignore = not run again, counted as ignor
 
 CREATE TYPE redrive.item AS (batch_id bigint, item_no bigint, key text, payload jsonb, attempt int);
 COMMENT ON TYPE redrive.item IS 'One item as a handler sees it; attempt counts from 1';
+
+CREATE TYPE redrive.outcome_kind AS ENUM ('ok', 'ignored', 'failed', 'retry', 'snoozed');
+COMMENT ON TYPE redrive.outcome_kind IS 'What became of an item: ok; ignored = not run again, counted as ignored; failed = final; retry = again, at the cost of a retry; snoozed = again later, at no cost';
+
+CREATE TYPE redrive.outcome AS (item_no bigint, outcome redrive.outcome_kind, message text, code text, delay interval);
+COMMENT ON TYPE redrive.outcome IS 'What a set handler or an external worker says about one item; code is an SQLSTATE or a code of the application, delay is for retry and snoozed';
 
 CREATE TYPE redrive.pass_result AS (
     pass text,

@@ -27,7 +27,7 @@ CREATE TABLE redrive.handlers (
     CONSTRAINT handlers_name_key UNIQUE (name),
     CONSTRAINT handlers_name_check CHECK (name <> '' AND length(name) <= 100),
     CONSTRAINT handlers_function_check CHECK ((kind = 'external') = (function IS NULL)),
-    CONSTRAINT handlers_signature_check CHECK ((kind = 'row') = (signature IS NOT NULL)),
+    CONSTRAINT handlers_signature_check CHECK (CASE kind WHEN 'row' THEN signature IN ('payload', 'key_payload', 'item') WHEN 'set' THEN signature = 'items' ELSE signature IS NULL END),
     CONSTRAINT handlers_max_retries_check CHECK (max_retries BETWEEN 0 AND 1000),
     CONSTRAINT handlers_retry_delay_check CHECK (retry_delay >= interval '0' AND retry_delay <= interval '100 years'),
     CONSTRAINT handlers_retry_factor_check CHECK (retry_factor BETWEEN 1 AND 100),

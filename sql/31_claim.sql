@@ -32,7 +32,7 @@ LANGUAGE sql STABLE AS $$
          WHERE k.handler_id = h.handler_id AND k.next_attempt_at <= p_as_of
          LIMIT 1)
     ) AS w (work, priority, due)
-    WHERE h.kind = 'row' AND NOT h.paused
+    WHERE h.kind <> 'external' AND NOT h.paused
       AND (h.max_workers IS NULL OR w.work = 'callback'
            OR h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running'))
 $$;

@@ -4,7 +4,7 @@
 -- for this database, until the supervisor has recorded it.
 --   item, unlock  the handler, or on_unlock, of item "id" was executed when its process died
 --   callback      callback "id" was
---   segment       the process died after several items, the last of which is "id"
+--   segment       the process died in or after several items, the last of which is "id"
 --   innocent      the process was taken down because of another one
 --   suspect       everything was killed, the postmaster too, while item "id" was executed
 --   unknown       the file was lost

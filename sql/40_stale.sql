@@ -475,6 +475,14 @@ BEGIN
         END IF;
     END IF;
 
+    v_count := redrive._purge_tasks(v_before, c_limit);
+    acted := acted + v_count;
+    more := more OR v_count = c_limit;
+    IF v_count > 0 THEN
+        v_notes := v_notes || format('%s tasks', v_count);
+    END IF;
+
+    DELETE FROM redrive.http_log WHERE requested_at < v_before;
     DELETE FROM redrive.pass_log WHERE started_at < v_before;
     GET DIAGNOSTICS v_count = ROW_COUNT;
     acted := acted + v_count;
@@ -499,7 +507,7 @@ $$;
 CREATE FUNCTION redrive._part_bytes(p_part int) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT sum(pg_relation_size(('redrive.' || t || '_' || $1)::regclass))::bigint
-    FROM unnest(ARRAY['item_blocks', 'failures', 'failure_log']) AS t
+    FROM unnest(ARRAY['item_blocks', 'failures', 'failure_log', 'push_log']) AS t
 $$;
 
 -- Delete up to p_limit ended batches of an old part, with their chunks, crashes
@@ -541,7 +549,7 @@ $$;
 CREATE FUNCTION redrive._truncate_part(p_part int) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '300ms' AS $$
 DECLARE
-    v_tables text := format('redrive.item_blocks_%1$s, redrive.failures_%1$s, redrive.failure_log_%1$s', p_part);
+    v_tables text := format('redrive.item_blocks_%1$s, redrive.failures_%1$s, redrive.failure_log_%1$s, redrive.push_log_%1$s', p_part);
 BEGIN
     IF redrive._part_bytes(p_part) = 0 THEN
         RETURN false;

@@ -65,7 +65,31 @@ BEGIN
     more := more OR v_reaped = 10000 OR v_expired = c_portion;
     detail := concat_ws(', ', CASE WHEN v_planned > 0 THEN v_planned || ' planned' END, CASE WHEN v_reaped > 0 THEN v_reaped || ' leases ended' END,
         CASE WHEN v_expired > 0 THEN v_expired || ' expired' END);
-    detail := CASE WHEN detail <> '' THEN detail ELSE 'nothing to do' END;
+    detail := nullif(detail, '');
+END
+$$;
+
+-- Delete tasks that did not change since then and that nothing is to be pushed
+-- of, with their pushes.  Returns how many.
+CREATE FUNCTION redrive._purge_tasks(p_before timestamptz, p_limit bigint) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_ids bigint[];
+BEGIN
+    SELECT array_agg(x.task_id) INTO v_ids
+    FROM (
+        SELECT t.task_id
+        FROM redrive.tasks AS t
+        WHERE t.changed_at < p_before
+          AND NOT EXISTS (SELECT FROM redrive.pushes AS u WHERE u.task_id = t.task_id AND u.state IN ('pending', 'in_flight', 'waiting'))
+        LIMIT p_limit
+        FOR UPDATE SKIP LOCKED) AS x;
+    IF v_ids IS NULL THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM redrive.pushes AS u USING unnest(v_ids) AS i WHERE u.task_id = i;
+    DELETE FROM redrive.tasks AS t USING unnest(v_ids) AS i WHERE t.task_id = i;
+    RETURN cardinality(v_ids);
 END
 $$;
 

@@ -79,7 +79,7 @@ LANGUAGE sql STABLE AS $$
                  WHEN has_function_privilege(o.oid, g.proc, 'EXECUTE') THEN format('GRANT USAGE ON SCHEMA %s TO %s;', p.pronamespace::regnamespace, h.owner)
                  ELSE format('GRANT EXECUTE ON FUNCTION %s TO %s;', f.signature, h.owner) END
         FROM (VALUES
-            ('handler function', h.function || CASE h.signature WHEN 'payload' THEN '(jsonb)' WHEN 'key_payload' THEN '(text, jsonb)' WHEN 'item' THEN '(redrive.item)' END),
+            ('handler function', h.function || CASE h.signature WHEN 'payload' THEN '(jsonb)' WHEN 'key_payload' THEN '(text, jsonb)' WHEN 'item' THEN '(redrive.item)' WHEN 'items' THEN '(redrive.item[])' END),
             ('on_unlock', h.on_unlock || '(text)'),
             ('on_finish', h.on_finish || '(bigint, integer)')) AS f (what, signature)
         CROSS JOIN LATERAL (SELECT to_regprocedure(f.signature)::oid AS proc) AS g

@@ -202,6 +202,32 @@ LANGUAGE sql STABLE AS $$
     WHERE s.value NOT IN ('0', 'off', 'false', 'no')
 $$;
 
+-- Platforms: what keeps their pushes from being sent.
+CREATE FUNCTION redrive._doctor_pushes(p_as_of timestamptz) RETURNS TABLE (severity text, finding text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT 'error', format('Secrets of platform "%s" are missing; nothing is pushed there.', p.name), format('SELECT redrive.set_platform_secret(%L, ...); dumps do not have them', p.name)
+    FROM redrive.platforms AS p
+    WHERE p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind)
+    UNION ALL
+    SELECT 'warning', format('The breaker of platform "%s" is %s: %s.', p.name, replace(s.breaker::text, '_', ' '), s.reason), format('mend the platform; to try at once: SELECT redrive.resume_platform(%L);', p.name)
+    FROM redrive.platforms AS p JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
+    WHERE s.breaker <> 'closed' AND NOT p.paused
+    UNION ALL
+    SELECT 'warning', format('%s pushes to platform "%s" were given up.', count(*), p.name), format('SELECT * FROM redrive.push_status WHERE platform = %1$L AND state = ''dead''; when it is mended: SELECT redrive.redrive_push(%1$L);', p.name)
+    FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
+    WHERE u.state = 'dead'
+    GROUP BY p.name
+    UNION ALL
+    SELECT 'error', format('%s pushes have been under way for longer than their lease.', count(*)), 'CALL redrive.run_pass(''push_tasks''); and look whether a process "redrive pusher" is in pg_stat_activity'
+    FROM redrive.pushes AS u
+    WHERE u.state = 'in_flight' AND u.lease_until < p_as_of - interval '1 min'
+    HAVING count(*) > 0
+    UNION ALL
+    SELECT 'error', 'There are platforms, but the pusher is not running.', 'look in the server log for its errors; it takes one of max_worker_processes'
+    WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE NOT p.paused) AND redrive._preloaded() AND coalesce(current_setting('redrive.enabled', true), 'on')::boolean
+      AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database())
+$$;
+
 CREATE FUNCTION redrive._doctor_at(p_as_of timestamptz) RETURNS TABLE (severity text, finding text, remedy text)
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
@@ -216,7 +242,9 @@ BEGIN
         UNION ALL
         SELECT 4, s.* FROM redrive._doctor_passes(p_as_of) AS s
         UNION ALL
-        SELECT 5, s.* FROM redrive._doctor_server(p_as_of) AS s
+        SELECT 5, s.* FROM redrive._doctor_pushes(p_as_of) AS s
+        UNION ALL
+        SELECT 6, s.* FROM redrive._doctor_server(p_as_of) AS s
     ) AS f
     ORDER BY f.severity, f.side, f.finding COLLATE "C";
     IF NOT FOUND THEN

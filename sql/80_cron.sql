@@ -129,6 +129,8 @@ BEGIN
     END IF;
 
     FOR p IN SELECT x.job_name, x.command, substring(x.job_name FROM ' (.*)') AS pass FROM redrive._cron_jobs('* * * * *') AS x LOOP
+        -- without platforms it has nothing to do
+        CONTINUE WHEN p.pass = 'push_tasks' AND NOT EXISTS (SELECT FROM redrive.platforms);
         v_ran_at := (SELECT max(l.started_at) FROM redrive.pass_log AS l WHERE l.pass = p.pass);
         v_late := v_ran_at IS NULL OR v_ran_at < p_as_of - CASE p.pass WHEN 'purge' THEN interval '1 day' ELSE interval '1 hour' END;
         IF NOT v_here THEN

@@ -242,7 +242,7 @@ redrive_judge_crumbs(void)
 							   (long long) crumb->batch_id, (long long) crumb->chunk_id, crumb->database)));
 		}
 		else if (!witnessed && same_boot && !crumb->stamped && executes && crumb->chunk_id != 0)
-			add_verdict(crumb, CRUMB_SUSPECT, now);
+			add_verdict(crumb, crumb->kind == CRUMB_SEGMENT ? CRUMB_SEGMENT : CRUMB_SUSPECT, now);
 		memset(crumb, 0, sizeof(RedriveCrumb));
 	}
 

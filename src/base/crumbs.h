@@ -15,8 +15,9 @@ typedef enum CrumbKind
 {
 	CRUMB_NONE,					/* no code of users runs */
 	CRUMB_ITEM,					/* id = item_no */
-	CRUMB_SEGMENT,				/* after several items: deferred constraints,
-								 * unlocks; id = the last item_no */
+	CRUMB_SEGMENT,				/* several items at once, as a set or by their
+								 * deferred constraints and unlocks; id = the
+								 * last item_no */
 	CRUMB_UNLOCK,				/* on_unlock of an item; id = item_no */
 	CRUMB_CALLBACK,				/* id = callback_id */
 	/* verdicts only */

@@ -21,6 +21,10 @@
 #define ERRCODE_REDRIVE_VALIDATION	MAKE_SQLSTATE('R','D','0','0','1')
 #define ERRCODE_REDRIVE_USER_ERROR	MAKE_SQLSTATE('R','D','0','0','2')
 #define ERRCODE_REDRIVE_FENCED		MAKE_SQLSTATE('R','D','0','0','3')
+#define ERRCODE_REDRIVE_BAD_OUTCOME	MAKE_SQLSTATE('R','D','0','0','5')
+
+/* A commit interval has no more items; sql/32_crash.sql knows it too. */
+#define MAX_INTERVAL_ITEMS 2000
 
 typedef enum RuleAction
 {
@@ -35,8 +39,28 @@ typedef enum HandlerSignature
 {
 	SIGNATURE_PAYLOAD,			/* (payload jsonb) */
 	SIGNATURE_KEY_PAYLOAD,		/* (key text, payload jsonb) */
-	SIGNATURE_ITEM				/* (item redrive.item) */
+	SIGNATURE_ITEM,				/* (item redrive.item) */
+	SIGNATURE_ITEMS				/* (items redrive.item[]): a set handler */
 } HandlerSignature;
+
+/* What became of an item, in the words of its handler. */
+typedef enum OutcomeKind
+{
+	OUTCOME_OK,
+	OUTCOME_IGNORED,
+	OUTCOME_FAILED,
+	OUTCOME_RETRY,
+	OUTCOME_SNOOZED
+} OutcomeKind;
+
+typedef struct RedriveOutcome
+{
+	int			index;			/* of the item, in the page */
+	OutcomeKind kind;
+	char	   *message;		/* NULL = none given */
+	char	   *code;			/* NULL = none given */
+	Interval   *delay;			/* NULL = none given */
+} RedriveOutcome;
 
 /* A handler as one chunk sees it; read once per claim. */
 typedef struct RedriveHandler
@@ -70,6 +94,7 @@ typedef struct RedriveFailure
 	TimestampTz failed_at;
 	TimestampTz next_attempt_at;	/* 0 = none */
 	uint64		fingerprint;
+	const char *code;			/* stands for the SQLSTATE, NULL = it does not */
 	ErrorData  *error;
 } RedriveFailure;
 
@@ -86,6 +111,20 @@ typedef struct RedriveItem
 	int32		at_once;		/* transient errors answered by trying at once */
 	RedriveFailure *failure;	/* set = not part of the next segment */
 } RedriveItem;
+
+/* How a set handler does: what the size of its calls follows from. */
+typedef struct RedrivePace
+{
+	int			length;			/* items of the longest call that succeeded */
+	double		items;			/* of the calls of late, and the time they
+								 * took */
+	double		us;
+	double		subxacts;		/* of the function itself, for each item */
+	double		recent_rate;	/* of items whose call raised an error: of
+								 * late, */
+	double		rate;			/* ... and over a longer time */
+	double		seen;			/* items that rate is an average of */
+} RedrivePace;
 
 /* A claimed chunk and the page of its items that is in memory. */
 typedef struct RedriveChunk
@@ -117,6 +156,9 @@ typedef struct RedriveChunk
 								 * up to alone_to */
 	int			alone_to;		/* page index up to which segments have one
 								 * item */
+	RedrivePace pace;			/* of a set handler */
+	int			fails_to;		/* a set of the items from page_next or behind
+								 * it to this page index failed, 0 = not known */
 
 	MemoryContext page_cxt;
 	RedriveItem *page;

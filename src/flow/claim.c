@@ -98,7 +98,8 @@ read_handler(RedriveChunk *chunk)
 	handler->name = redrive_text(0, "name", chunk->cxt);
 	handler->function = redrive_text(0, "function", chunk->cxt);
 	signature = redrive_text(0, "signature", chunk->cxt);
-	handler->signature = strcmp(signature, "item") == 0 ? SIGNATURE_ITEM :
+	handler->signature = strcmp(signature, "items") == 0 ? SIGNATURE_ITEMS :
+		strcmp(signature, "item") == 0 ? SIGNATURE_ITEM :
 		strcmp(signature, "key_payload") == 0 ? SIGNATURE_KEY_PAYLOAD : SIGNATURE_PAYLOAD;
 	handler->max_retries = DatumGetInt32(redrive_column(0, "max_retries", &isnull));
 	handler->retry_delay = redrive_int64(0, "retry_delay");

@@ -23,6 +23,9 @@
 #define FREE_DELAY_US 500000
 #define FREE_DELAY_MAX_US 60000000
 
+/* How often a transient error is answered by trying again at once. */
+#define MAX_AT_ONCE 3
+
 PG_FUNCTION_INFO_V1(redrive_raise_validation);
 PG_FUNCTION_INFO_V1(redrive_raise_user_error);
 
@@ -116,11 +119,12 @@ match_rule(RedriveChunk *chunk, ErrorData *error)
 }
 
 /*
- * Return a hash of what is the same in errors with the same cause: SQLSTATE,
- * constraint, and the message without numbers and quoted parts.
+ * Return a hash of what is the same in errors with the same cause: SQLSTATE or
+ * code of the application, constraint, and the message without numbers and
+ * quoted parts.
  */
 static uint64
-fingerprint(ErrorData *error)
+fingerprint(ErrorData *error, const char *code)
 {
 	const char *message = error->message ? error->message : "";
 	char	   *plain = palloc(strlen(message) + 1);
@@ -150,6 +154,8 @@ fingerprint(ErrorData *error)
 		*out++ = *message++;
 	}
 	hash = hash_bytes_extended((unsigned char *) plain, out - plain, error->sqlerrcode);
+	if (code)
+		hash = hash_combine64(hash, hash_bytes_extended((unsigned char *) code, strlen(code), 1));
 	if (error->constraint_name)
 		hash = hash_combine64(hash, hash_bytes_extended((unsigned char *) error->constraint_name,
 														strlen(error->constraint_name), 0));
@@ -176,26 +182,19 @@ next_attempt(RedriveChunk *chunk, RedriveItem *item, RedriveFailure *failure)
 }
 
 /*
- * Turn the error of an item into a failure: class, new state, next attempt.
- *
- * The result is in CurrentMemoryContext and keeps the error.
+ * Decide what an action means for an item: fill in the counts, the new state and
+ * the next attempt, and begin with what does not depend on it.
  */
-RedriveFailure *
-redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
+static void
+decide(RedriveChunk *chunk, RedriveItem *item, RedriveFailure *failure, RuleAction action, ErrorData *error)
 {
-	RuleMatch  *match = match_rule(chunk, error);
-	RedriveFailure *failure = palloc0(sizeof(RedriveFailure));
-
-	match->hits++;
 	failure->item = item;
 	failure->error = error;
-	failure->action = match->action;
-	failure->rule_id = match->rule_id;
-	failure->error_class = match->error_class;
+	failure->action = action;
 	failure->attempts = item->attempts + 1;
 	failure->free_count = item->free_count;
 	failure->failed_at = GetCurrentTimestamp();
-	failure->fingerprint = fingerprint(error);
+	failure->fingerprint = fingerprint(error, failure->code);
 
 	/* free attempts are capped apart; beyond the cap they cost */
 	if (failure->action == ACTION_RETRY_FREE && item->free_count >= MAX_FREE_RETRIES)
@@ -227,7 +226,108 @@ redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
 			failure->next_attempt_at = next_attempt(chunk, item, failure);
 			break;
 	}
+}
+
+/*
+ * Turn the error of an item into a failure: class, new state, next attempt.
+ *
+ * The result is in CurrentMemoryContext and keeps the error.
+ */
+RedriveFailure *
+redrive_classify(RedriveChunk *chunk, RedriveItem *item, ErrorData *error)
+{
+	RuleMatch  *match = match_rule(chunk, error);
+	RedriveFailure *failure = palloc0(sizeof(RedriveFailure));
+
+	match->hits++;
+	failure->rule_id = match->rule_id;
+	failure->error_class = match->error_class;
+	decide(chunk, item, failure, match->action, error);
 	return failure;
+}
+
+/* Does a rule say that this error goes away when it is tried again? */
+bool
+redrive_is_transient(RedriveChunk *chunk, ErrorData *error)
+{
+	RuleMatch  *match = match_rule(chunk, error);
+
+	return match->action == ACTION_RETRY_FREE && strcmp(match->error_class, "transient") == 0;
+}
+
+/*
+ * Turn what a set handler said about an item into a failure; NULL when the item
+ * succeeded.
+ *
+ * The outcome decides what follows.  The rules only tell the class of the code,
+ * so that items that fail for one cause are found together, returned or raised.
+ * The result is in CurrentMemoryContext.
+ */
+RedriveFailure *
+redrive_judge_outcome(RedriveChunk *chunk, RedriveItem *item, RedriveOutcome *outcome)
+{
+	static const struct
+	{
+		RuleAction	action;
+		int			sqlerrcode;
+		const char *message;
+	}			defaults[] =
+	{
+		[OUTCOME_IGNORED] = {ACTION_IGNORE, ERRCODE_REDRIVE_VALIDATION, "the handler returned \"ignored\""},
+		[OUTCOME_FAILED] = {ACTION_FAIL, ERRCODE_RAISE_EXCEPTION, "the handler returned \"failed\""},
+		[OUTCOME_RETRY] = {ACTION_RETRY, ERRCODE_RAISE_EXCEPTION, "the handler returned \"retry\""},
+		[OUTCOME_SNOOZED] = {ACTION_RETRY_FREE, ERRCODE_SUCCESSFUL_COMPLETION, "the handler returned \"snoozed\""},
+	};
+	RedriveFailure *failure;
+	ErrorData  *error;
+	const char *code = outcome->code;
+
+	if (outcome->kind == OUTCOME_OK)
+		return NULL;
+	failure = palloc0(sizeof(RedriveFailure));
+	error = palloc0(sizeof(ErrorData));
+	error->message = pstrdup(outcome->message ? outcome->message : defaults[outcome->kind].message);
+	if (code == NULL)
+		error->sqlerrcode = defaults[outcome->kind].sqlerrcode;
+	else if (strlen(code) == 5 && strspn(code, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ") == 5)
+		error->sqlerrcode = MAKE_SQLSTATE(code[0], code[1], code[2], code[3], code[4]);
+	else
+		failure->code = pstrdup(code);	/* fits no SQLSTATE of a rule */
+	failure->error_class = outcome->kind == OUTCOME_SNOOZED ? "snoozed" : match_rule(chunk, error)->error_class;
+	decide(chunk, item, failure, defaults[outcome->kind].action, error);
+	if (strcmp(failure->state, "waiting") == 0 && outcome->delay != NULL)
+		failure->next_attempt_at =
+			DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval, TimestampTzGetDatum(failure->failed_at),
+													IntervalPGetDatum(outcome->delay)));
+	return failure;
+}
+
+/*
+ * Decide about an item that failed.  Returns false when it is not settled: it
+ * is to be tried again at once, in a new interval.
+ */
+bool
+redrive_settle_failure(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot, int k, ErrorData *error)
+{
+	RedriveItem *item = &chunk->page[k];
+	MemoryContext old_cxt = MemoryContextSwitchTo(interval->cxt);
+	RedriveFailure *failure = redrive_classify(chunk, item, error);
+
+	MemoryContextSwitchTo(old_cxt);
+	if (failure->action == ACTION_RETRY_FREE && strcmp(failure->error_class, "transient") == 0 &&
+		item->at_once < MAX_AT_ONCE)
+	{
+		item->at_once++;
+		return false;
+	}
+	item->failure = failure;
+	slot->open_failed++;
+	if (failure->action == ACTION_PAUSE)
+		interval->pause_reason = MemoryContextStrdup(chunk->cxt,
+													 psprintf("item %lld: %s: %s", (long long) item->item_no,
+															  unpack_sql_state(error->sqlerrcode),
+															  error->message ? error->message : ""));
+	return true;
 }
 
 static int
@@ -264,7 +364,7 @@ redrive_quarantine(RedriveItem *item)
 	failure->free_count = item->free_count;
 	failure->retry_count = Max(failure->attempts - failure->free_count - 1, 0);
 	failure->failed_at = GetCurrentTimestamp();
-	failure->fingerprint = fingerprint(error);
+	failure->fingerprint = fingerprint(error, NULL);
 	return failure;
 }
 

@@ -25,6 +25,7 @@
 #include "base/guc.h"
 #include "base/wake.h"
 #include "base/xact.h"
+#include "flow/bisect.h"
 #include "flow/callback.h"
 #include "flow/claim.h"
 #include "flow/classify.h"
@@ -36,13 +37,9 @@
 #include "flow/suspect.h"
 
 #define MAX_SEGMENT 250
-#define MAX_INTERVAL_ITEMS 2000
 
 /* A failure rate decays over about so many items. */
 #define RATE_WINDOW 50
-
-/* How often a transient error is answered by trying again at once. */
-#define MAX_AT_ONCE 3
 
 /* A chunk that takes longer than this is given back for others to share. */
 #define MAX_CHUNK_US INT64CONST(4000000)
@@ -71,35 +68,6 @@ interval_full(RedriveChunk *chunk, RedriveInterval *interval)
 		(items > 0 && (chunk->handler.one_by_one || (chunk->commit_each && interval->end <= chunk->alone_to))) ||
 		redrive_stop_requested() ||
 		(items > 0 && GetCurrentTimestamp() - interval->started_at >= chunk->handler.commit_interval);
-}
-
-/*
- * Decide about an item that failed.  Returns false when it is not settled: it
- * is to be tried again at once, in a new interval.
- */
-static bool
-settle_failure(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slot, int k, ErrorData *error)
-{
-	RedriveItem *item = &chunk->page[k];
-	MemoryContext old_cxt = MemoryContextSwitchTo(interval->cxt);
-	RedriveFailure *failure = redrive_classify(chunk, item, error);
-
-	MemoryContextSwitchTo(old_cxt);
-	chunk->failure_rate += (1 - chunk->failure_rate) / RATE_WINDOW;
-	if (failure->action == ACTION_RETRY_FREE && strcmp(failure->error_class, "transient") == 0 &&
-		item->at_once < MAX_AT_ONCE)
-	{
-		item->at_once++;
-		return false;
-	}
-	item->failure = failure;
-	slot->open_failed++;
-	if (failure->action == ACTION_PAUSE)
-		interval->pause_reason = MemoryContextStrdup(chunk->cxt,
-													 psprintf("item %lld: %s: %s", (long long) item->item_no,
-															  unpack_sql_state(error->sqlerrcode),
-															  error->message ? error->message : ""));
-	return true;
 }
 
 /*
@@ -144,7 +112,8 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 		}
 		if (result.failed < 0)
 			result.failed = interval->end;
-		if (!settle_failure(chunk, interval, slot, result.failed, result.error) || interval->pause_reason != NULL)
+		chunk->failure_rate += (1 - chunk->failure_rate) / RATE_WINDOW;
+		if (!redrive_settle_failure(chunk, interval, slot, result.failed, result.error) || interval->pause_reason != NULL)
 			interval->stop = true;
 		to = result.failed;
 		resume = chunk->page[result.failed].failure != NULL ? result.failed : -1;
@@ -176,9 +145,16 @@ run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, 
 {
 	while (interval->end < chunk->page_items && !interval_full(chunk, interval))
 	{
-		int			length = interval->end < chunk->alone_to || chunk->handler.one_by_one ? 1 :
-		segment_length(chunk->failure_rate);
+		const bool	set = chunk->handler.signature == SIGNATURE_ITEMS;
 		int			suspect = redrive_next_suspect(chunk, interval->end);
+		int			length;
+
+		if (chunk->handler.one_by_one)
+			length = 1;
+		else if (set)
+			length = redrive_call_length(chunk, interval);
+		else
+			length = interval->end < chunk->alone_to ? 1 : segment_length(chunk->failure_rate);
 
 		if (suspect == interval->end)
 		{
@@ -190,7 +166,12 @@ run_interval(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, 
 			length = 1;
 			suspect++;
 		}
-		run_range(call, chunk, interval, slot, Min(interval->end + length, suspect));
+		/* the suspects of an interval are limited in number */
+		length = Min(length, MAX_INTERVAL_ITEMS - (interval->end - interval->first));
+		if (set)
+			redrive_run_set(call, chunk, interval, slot, Min(interval->end + length, suspect));
+		else
+			run_range(call, chunk, interval, slot, Min(interval->end + length, suspect));
 		if (redrive_commit_after_segment())
 			interval->stop = true;
 	}
@@ -267,13 +248,14 @@ commit_interval(RedriveChunk *chunk, RedriveInterval *interval, RedriveSlot *slo
 		interval->pause_reason = NULL;
 		if (interval->end > interval->first)
 		{
-			if (!settle_failure(chunk, interval, slot, interval->first, error))
+			if (!redrive_settle_failure(chunk, interval, slot, interval->first, error))
 				return true;	/* transient: at once again */
 			return commit_interval(chunk, interval, slot);
 		}
 		ReThrowError(error);
 	}
 	chunk->alone_to = Max(chunk->alone_to, interval->end);
+	chunk->fails_to = interval->end;
 	chunk->commit_each = true;
 	return true;
 }
@@ -286,12 +268,16 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 	MemoryContext interval_cxt = AllocSetContextCreate(chunk->cxt, "redrive interval", ALLOCSET_DEFAULT_SIZES);
 	static int32 last_handler_id = 0;
 	static double last_failure_rate = 0;
+	static RedrivePace last_pace;
 	bool		go_on = true;
 
 	chunk->started = true;
 	/* what the same handler did a moment ago is the best guess */
 	if (last_handler_id == chunk->handler.handler_id)
+	{
 		chunk->failure_rate = last_failure_rate;
+		chunk->pace = last_pace;
+	}
 
 	while (go_on && !chunk->ended)
 	{
@@ -301,7 +287,7 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 		MemoryContextReset(interval_cxt);
 		if (chunk->page_next == chunk->page_items)
 		{
-			chunk->alone_to = 0;
+			chunk->alone_to = chunk->fails_to = 0;
 			chunk->commit_each = false;
 			if (!redrive_fetch_page(chunk))
 				interval.pause_reason = psprintf("items after %lld are missing", (long long) chunk->done_to);
@@ -323,6 +309,7 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 	}
 	last_handler_id = chunk->handler.handler_id;
 	last_failure_rate = chunk->failure_rate;
+	last_pace = chunk->pace;
 }
 
 /* Show in the slot, and in pg_stat_activity, what this worker is doing. */
@@ -407,7 +394,8 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 			ereport(LOG, (errmsg("%s", error->message), errdetail("%s", error->detail)));
 		else if (!chunk->started && (error->sqlerrcode == ERRCODE_UNDEFINED_FUNCTION ||
 									 error->sqlerrcode == ERRCODE_UNDEFINED_SCHEMA ||
-									 error->sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE))
+									 error->sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE ||
+									 error->sqlerrcode == ERRCODE_WRONG_OBJECT_TYPE))
 			pause_for_defect(chunk, error);
 		else
 		{

@@ -32,24 +32,25 @@
 #include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/handler.h"
+#include "flow/set.h"
 
 #define CREATE_HANDLER_ARGS 17
 
-static const char *const signature_names[] = {"payload", "key_payload", "item"};
+static const char *const signature_names[] = {"payload", "key_payload", "item", "items"};
 
 PG_FUNCTION_INFO_V1(redrive_as_owner);
 PG_FUNCTION_INFO_V1(redrive_rows_as_owner);
 PG_FUNCTION_INFO_V1(redrive_create_handler);
 PG_FUNCTION_INFO_V1(redrive_alter_handler);
 
-/* Return the type redrive.item. */
+/* Return the type of this name in our schema. */
 Oid
-redrive_item_type(void)
+redrive_type(const char *name)
 {
 	Oid			namespace = get_namespace_oid("redrive", false);
 
 	return GetSysCacheOid2(TYPENAMENSP, Anum_pg_type_oid,
-						   CStringGetDatum("item"), ObjectIdGetDatum(namespace));
+						   CStringGetDatum(name), ObjectIdGetDatum(namespace));
 }
 
 /* Fill the argument types of a signature and return their number. */
@@ -66,20 +67,23 @@ signature_types(HandlerSignature signature, Oid *types)
 			types[1] = JSONBOID;
 			return 2;
 		case SIGNATURE_ITEM:
-			types[0] = redrive_item_type();
+			types[0] = redrive_type("item");
+			return 1;
+		case SIGNATURE_ITEMS:
+			types[0] = get_array_type(redrive_type("item"));
 			return 1;
 	}
 	return 0;
 }
 
 /*
- * Find a row function by its stored name.
+ * Find the function of a handler by its stored name.
  *
  * Throws 42883 when there is none, unless missing_ok; 3F000 when its schema is
  * gone.
  */
 Oid
-redrive_find_row_function(const char *name, HandlerSignature signature, bool missing_ok)
+redrive_find_function(const char *name, HandlerSignature signature, bool missing_ok)
 {
 	Oid			types[2];
 	int			nargs = signature_types(signature, types);
@@ -105,12 +109,12 @@ redrive_find_callback(const char *name, bool on_finish, bool missing_ok)
  * execute it.
  */
 Datum
-redrive_qualified_name(Oid funcid, const char *what)
+redrive_qualified_name(Oid funcid, const char *what, bool set_allowed)
 {
 	char	   *namespace = get_namespace_name(get_func_namespace(funcid));
 	char	   *name = get_func_name(funcid);
 
-	if (get_func_prokind(funcid) != PROKIND_FUNCTION || get_func_retset(funcid))
+	if (get_func_prokind(funcid) != PROKIND_FUNCTION || (get_func_retset(funcid) && !set_allowed))
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("\"%s\" cannot be used as %s", name, what),
@@ -126,19 +130,20 @@ redrive_qualified_name(Oid funcid, const char *what)
 }
 
 /*
- * Find the row function that a user means: "f", "schema.f" or with argument
- * types.  Looks in the caller's search_path.
+ * Find the function of a row or set handler that a user means: "f", "schema.f" or
+ * with argument types.  Looks in the caller's search_path.
  */
 static Oid
-find_row_function(const char *given, HandlerSignature *signature)
+find_function(const char *given, bool is_set_handler, HandlerSignature *signature)
 {
+	const HandlerSignature last = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_ITEM;
 	Oid			found = InvalidOid;
 	Oid			exact = InvalidOid;
 
 	if (strchr(given, '(') != NULL)
 		exact = DatumGetObjectId(DirectFunctionCall1(regprocedurein, CStringGetDatum(given)));
 
-	for (int s = SIGNATURE_PAYLOAD; s <= SIGNATURE_ITEM; s++)
+	for (HandlerSignature s = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_PAYLOAD; s <= last; s++)
 	{
 		Oid			candidate;
 
@@ -153,7 +158,7 @@ find_row_function(const char *given, HandlerSignature *signature)
 				memcmp(actual, types, nargs * sizeof(Oid)) == 0 ? exact : InvalidOid;
 		}
 		else
-			candidate = redrive_find_row_function(given, s, true);
+			candidate = redrive_find_function(given, s, true);
 		if (!OidIsValid(candidate))
 			continue;
 		if (OidIsValid(found))
@@ -168,7 +173,8 @@ find_row_function(const char *given, HandlerSignature *signature)
 	if (!OidIsValid(found))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
-				 errmsg("function \"%s\" does not exist or does not fit a row handler", given),
+				 errmsg("function \"%s\" does not exist or does not fit a %s handler", given, is_set_handler ? "set" : "row"),
+				 is_set_handler ? errdetail("A set handler is a function of (items redrive.item[]).") :
 				 errdetail("A row handler is a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item)."),
 				 errhint("Create the function first, or write its schema if it is not in search_path.")));
 	return found;
@@ -334,6 +340,22 @@ redrive_check_owner_can_login(const char *what)
 				 errhint("Run ALTER ROLE ... LOGIN, or create %s as another role.", strcmp(what, "a handler") == 0 ? "the handler" : "the platform")));
 }
 
+/* Is this the name of a set handler? */
+static bool
+is_set_handler(Datum name)
+{
+	static RedriveSql find_kind = {
+		"SELECT h.kind = 'set' AS is_set FROM redrive.handlers AS h WHERE h.name = $1",
+		1, {TEXTOID}
+	};
+	bool		result;
+
+	redrive_connect();
+	result = redrive_sql(&find_kind, &name, NULL) == 1 && redrive_bool(0, "is_set");
+	redrive_disconnect();
+	return result;
+}
+
 /*
  * create_handler and alter_handler: resolve the functions that the caller
  * names, then pass everything on.
@@ -351,6 +373,7 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 				finish_arg = CREATE_HANDLER_ARGS - 1;
 	Oid		   *declared;
 	int			nargs;
+	bool		set = false;
 
 	(void) get_func_signature(fcinfo->flinfo->fn_oid, &declared, &nargs);
 	for (int i = 0; i < nargs; i++)
@@ -370,15 +393,17 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 	{
 		Datum		kind = OidFunctionCall1(F_ENUM_OUT, PG_GETARG_DATUM(kind_arg));
 
-		if (strcmp(DatumGetCString(kind), "row") != 0)
+		set = strcmp(DatumGetCString(kind), "set") == 0;
+		if (strcmp(DatumGetCString(kind), "row") != 0 && !set)
 			ereport(ERROR,
 					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 					 errmsg("handlers of kind \"%s\" are not supported by this version", DatumGetCString(kind)),
-					 errhint("Use kind \"row\".")));
+					 errhint("Use kind \"row\" or \"set\".")));
 		if (PG_ARGISNULL(function_arg))
 			ereport(ERROR,
 					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-					 errmsg("function must not be null for a handler of kind \"row\""),
+					 errmsg("function must not be null for a handler of kind \"%s\"", DatumGetCString(kind)),
+					 set ? errhint("Name a function of (items redrive.item[]).") :
 					 errhint("Name a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item).")));
 	}
 	if (create)
@@ -387,18 +412,23 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 	if (!PG_ARGISNULL(function_arg))
 	{
 		HandlerSignature signature = SIGNATURE_PAYLOAD;
-		Oid			funcid = find_row_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), &signature);
+		Oid			funcid;
 
-		values[first + function_arg] = redrive_qualified_name(funcid, "a row handler");
+		if (!create && !PG_ARGISNULL(0))
+			set = is_set_handler(PG_GETARG_DATUM(0));
+		funcid = find_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), set, &signature);
+		values[first + function_arg] = redrive_qualified_name(funcid, set ? "a set handler" : "a row handler", set);
+		if (set)
+			(void) redrive_check_set_result(funcid);
 		values[1] = CStringGetTextDatum(signature_names[signature]);
 		nulls[1] = ' ';
 	}
 	if (!PG_ARGISNULL(unlock_arg))
 		values[first + unlock_arg] =
-			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock");
+			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock", false);
 	if (!PG_ARGISNULL(finish_arg))
 		values[first + finish_arg] =
-			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish");
+			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish", false);
 
 	return redrive_dispatch(fcinfo, first + nargs, argtypes, values, nulls);
 }

@@ -9,27 +9,19 @@
 
 #include <math.h>
 
-#include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
-#include "funcapi.h"
 #include "miscadmin.h"
-#include "parser/parse_func.h"
 #include "pgstat.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
-#include "utils/lsyscache.h"
-#include "utils/regproc.h"
 #include "utils/rel.h"
-#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "base/backoff.h"
-#include "base/compat.h"
 #include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/handler.h"
-#include "flow/platform.h"
 
 #define BUILD_ARG 7
 
@@ -39,47 +31,17 @@ PG_FUNCTION_INFO_V1(redrive_set_platform_secret);
 PG_FUNCTION_INFO_V1(redrive__retry_delay);
 PG_FUNCTION_INFO_V1(redrive__task_source);
 
-/* Return the type redrive.task. */
-static Oid
-task_type(void)
-{
-	return GetSysCacheOid2(TYPENAMENSP, Anum_pg_type_oid, CStringGetDatum("task"),
-						   ObjectIdGetDatum(get_namespace_oid("redrive", false)));
-}
-
-/*
- * Find a build function by its name; InvalidOid when there is none that fits.
- *
- * Throws 3F000 when its schema is gone.
- */
-Oid
-redrive_find_build_function(const char *name)
-{
-	Oid			types[1] = {task_type()};
-	Oid			found = LookupFuncName(redrive_name_list(name), 1, types, true);
-
-	return OidIsValid(found) && get_func_rettype(found) == JSONBOID ? found : InvalidOid;
-}
-
-/* create_platform and alter_platform: resolve the function the caller names. */
+/* create_platform and alter_platform: what has to be asked before. */
 static Datum
 put_platform(FunctionCallInfo fcinfo, bool create)
 {
 	if (create)
 		redrive_check_owner_can_login("a platform");
 	if (!PG_ARGISNULL(BUILD_ARG))
-	{
-		char	   *given = text_to_cstring(PG_GETARG_TEXT_PP(BUILD_ARG));
-		Oid			found = redrive_find_build_function(given);
-
-		if (!OidIsValid(found))
-			ereport(ERROR,
-					(errcode(ERRCODE_UNDEFINED_FUNCTION),
-					 errmsg("function \"%s\" does not exist or does not fit build", given),
-					 errdetail("It is called with (redrive.task) and has to return jsonb."),
-					 errhint("Create the function first, or write its schema if it is not in search_path.")));
-		fcinfo->args[BUILD_ARG].value = redrive_qualified_name(found, "build");
-	}
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("build functions are not supported by this version"),
+				 errhint("Leave build out: the body is the task as JSON. Put what the platform needs into the payload.")));
 	return redrive_as_owner(fcinfo);
 }
 
@@ -199,5 +161,5 @@ redrive__task_source(PG_FUNCTION_ARGS)
 	}
 	redrive_query_close(query);
 	redrive_disconnect();
-	PG_RETURN_NULL();
+	return PointerGetDatum(NULL);	/* which is not SQL's NULL */
 }

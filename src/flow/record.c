@@ -108,7 +108,7 @@ store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
 		values[F_RULE_ID] = Int32GetDatum(f->rule_id);
 		nulls[F_RULE_ID] = f->rule_id == 0;
 		values[F_CLASS] = CStringGetTextDatum(f->error_class);
-		values[F_SQLSTATE] = CStringGetTextDatum(unpack_sql_state(f->error->sqlerrcode));
+		values[F_SQLSTATE] = CStringGetTextDatum(f->code != NULL ? f->code : unpack_sql_state(f->error->sqlerrcode));
 		values[F_FINGERPRINT] = CStringGetTextDatum(psprintf("%016llx", (unsigned long long) f->fingerprint));
 		values[F_RETRY_COUNT] = Int32GetDatum(f->retry_count);
 		values[F_FREE_COUNT] = Int32GetDatum(f->free_count);

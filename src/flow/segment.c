@@ -35,19 +35,10 @@
 #include "flow/deferred.h"
 #include "flow/handler.h"
 #include "flow/segment.h"
+#include "flow/set.h"
 
 /* A callback of a handler without item_timeout has so long. */
 #define CALLBACK_TIMEOUT_US INT64CONST(60000000)
-
-struct RedriveCall
-{
-	RedriveChunk *chunk;
-	RedriveSlot *slot;
-	FmgrInfo	flinfo;
-	FunctionCallInfo fcinfo;
-	TupleDesc	item_desc;		/* of redrive.item, for that signature */
-	MemoryContext item_cxt;		/* reset for each item */
-};
 
 static TimeoutId item_timeout;
 static TimeoutId stop_tick;
@@ -195,7 +186,7 @@ redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 	MemoryContext old_cxt = MemoryContextSwitchTo(chunk->cxt);
 	RedriveCall *call = palloc0(sizeof(RedriveCall));
 	HandlerSignature signature = chunk->handler.signature;
-	Oid			function = redrive_find_row_function(chunk->handler.function, signature, false);
+	Oid			function = redrive_find_function(chunk->handler.function, signature, false);
 	const int	nargs = signature == SIGNATURE_KEY_PAYLOAD ? 2 : 1;
 
 	if (!redrive_may_execute(function, GetUserId()))
@@ -209,17 +200,36 @@ redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 	fmgr_info_cxt(function, &call->flinfo, chunk->cxt);
 	call->fcinfo = palloc0(SizeForFunctionCallInfo(nargs));
 	InitFunctionCallInfoData(*call->fcinfo, &call->flinfo, nargs, InvalidOid, NULL, NULL);
-	if (signature == SIGNATURE_ITEM)
-		call->item_desc = BlessTupleDesc(lookup_rowtype_tupdesc_copy(redrive_item_type(), -1));
+	if (signature == SIGNATURE_ITEM || signature == SIGNATURE_ITEMS)
+		call->item_desc = BlessTupleDesc(lookup_rowtype_tupdesc_copy(redrive_type("item"), -1));
+	if (signature == SIGNATURE_ITEMS && redrive_check_set_result(function))
+		call->outcome_desc = BlessTupleDesc(lookup_rowtype_tupdesc_copy(redrive_type("outcome"), -1));
 	MemoryContextSwitchTo(old_cxt);
 	return call;
 }
 
-/* Put an item into the arguments of the call. */
+/* Make the redrive.item of an item, in CurrentMemoryContext. */
+Datum
+redrive_item_datum(RedriveCall *call, RedriveItem *item)
+{
+	Datum		values[5];
+	bool		nulls[5] = {false};
+
+	values[0] = Int64GetDatum(call->chunk->batch_id);
+	values[1] = Int64GetDatum(item->item_no);
+	values[2] = PointerGetDatum(item->key);
+	nulls[2] = item->key == NULL;
+	values[3] = item->payload;
+	values[4] = Int32GetDatum(item->attempts + 1);
+	return HeapTupleGetDatum(heap_form_tuple(call->item_desc, values, nulls));
+}
+
+/* Put the items from page index "from" up to "to" into the arguments of the call. */
 static void
-set_arguments(RedriveCall *call, RedriveItem *item)
+fill_arguments(RedriveCall *call, int from, int to)
 {
 	NullableDatum *args = call->fcinfo->args;
+	RedriveItem *item = &call->chunk->page[from];
 
 	args[0].isnull = false;
 	switch (call->chunk->handler.signature)
@@ -234,18 +244,10 @@ set_arguments(RedriveCall *call, RedriveItem *item)
 			args[1].isnull = false;
 			break;
 		case SIGNATURE_ITEM:
-			{
-				Datum		values[5];
-				bool		nulls[5] = {false};
-
-				values[0] = Int64GetDatum(call->chunk->batch_id);
-				values[1] = Int64GetDatum(item->item_no);
-				values[2] = PointerGetDatum(item->key);
-				nulls[2] = item->key == NULL;
-				values[3] = item->payload;
-				values[4] = Int32GetDatum(item->attempts + 1);
-				args[0].value = HeapTupleGetDatum(heap_form_tuple(call->item_desc, values, nulls));
-			}
+			args[0].value = redrive_item_datum(call, item);
+			break;
+		case SIGNATURE_ITEMS:
+			args[0].value = redrive_set_argument(call, from, to);
 			break;
 	}
 	if (call->flinfo.fn_strict && args[0].isnull)
@@ -255,20 +257,25 @@ set_arguments(RedriveCall *call, RedriveItem *item)
 				 errhint("Submit the item with a key, or declare the function CALLED ON NULL INPUT.")));
 }
 
-/* Call the function for one item, in the open subtransaction. */
+/*
+ * Call the function for the items from page index "from" up to "to", which is one
+ * unless it is a set handler, in the open subtransaction.
+ */
 static void
-run_item(RedriveCall *call, RedriveItem *item)
+run_call(RedriveCall *call, int from, int to)
 {
+	RedriveItem *page = call->chunk->page;
 	const int64 timeout_us = call->chunk->handler.item_timeout;
+	Tuplestorestate *outcomes = NULL;
 	UserCode	save;
 	PgStat_FunctionCallUsage usage;
 
 	MemoryContextReset(call->item_cxt);
 	MemoryContextSwitchTo(call->item_cxt);
 	call->slot->item_started_at = GetCurrentTimestamp();
-	call->slot->item_no = item->item_no;
-	redrive_crumb->id = item->item_no;
-	set_arguments(call, item);
+	call->slot->item_no = page[from].item_no;
+	redrive_crumb->id = page[to - 1].item_no;
+	fill_arguments(call, from, to);
 	item_timed_out = false;
 	if (timeout_us > 0)
 		enable_timeout_after(item_timeout, (int) Max(timeout_us / 1000, 1));
@@ -277,7 +284,10 @@ run_item(RedriveCall *call, RedriveItem *item)
 	redrive_enter_user_code(&save);
 	call->fcinfo->isnull = false;
 	pgstat_init_function_usage(call->fcinfo, &usage);
-	(void) FunctionCallInvoke(call->fcinfo);
+	if (call->outcome_desc != NULL)
+		outcomes = redrive_call_for_outcomes(call);
+	else
+		(void) FunctionCallInvoke(call->fcinfo);
 	pgstat_end_function_usage(&usage, true);
 	redrive_leave_user_code(&save);
 	PopActiveSnapshot();
@@ -288,6 +298,8 @@ run_item(RedriveCall *call, RedriveItem *item)
 		/* it may have fired after the last check */
 		CHECK_FOR_INTERRUPTS();
 	}
+	if (outcomes != NULL)
+		redrive_take_outcomes(call, outcomes, from, to);
 	CommandCounterIncrement();
 }
 
@@ -301,7 +313,8 @@ is_ours(ErrorData *error)
 }
 
 /*
- * Run the items of the page from index "from" up to "to" in one subtransaction.
+ * Run the items of the page from index "from" up to "to" in one subtransaction: a
+ * set handler in one call, others item by item.
  *
  * Items that have a failure already are left out.  May end early, at an item
  * boundary, when the interval's time is up or a stop was requested; reached
@@ -316,23 +329,33 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	ResourceOwner old_owner = CurrentResourceOwner;
 	RedriveItem *page = call->chunk->page;
 	const int64 interval_us = call->chunk->handler.commit_interval;
+	const bool	set = call->chunk->handler.signature == SIGNATURE_ITEMS;
 	volatile int current = from;
 	volatile int good = 0;
 
 	result->error = NULL;
 	result->failed = -1;
 	redrive_crumb->id = 0;
-	redrive_crumb->kind = CRUMB_ITEM;
-	result->function_gone = false;
+	redrive_crumb->kind = set && to - from > 1 ? CRUMB_SEGMENT : CRUMB_ITEM;
+	result->function_gone = result->bad_outcome = false;
+	call->judging = false;
+	call->n_outcomes = 0;
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
 	{
+		if (set)
+		{
+			run_call(call, from, to);
+			current = to;
+			good = to - from;
+			call->slot->open_succeeded += good;
+		}
 		for (; current < to; current++)
 		{
 			if (page[current].failure != NULL)
 				continue;
-			run_item(call, &page[current]);
+			run_call(call, current, current + 1);
 			good = good + 1;
 			call->slot->open_succeeded++;
 			if (stop_requested || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS ||
@@ -376,8 +399,12 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 														psprintf("The item ran longer than %lld ms.",
 																 (long long) (call->chunk->handler.item_timeout / 1000)));
 		}
-		if (current < to)
+		if (current < to && !(set && to - from > 1))
 			result->failed = current;
+		result->bad_outcome = call->judging;
+		/* else it would go on with the rows of this call */
+		if (call->outcome_desc != NULL)
+			call->flinfo.fn_extra = NULL;
 		result->function_gone = !SearchSysCacheExists1(PROCOID, ObjectIdGetDatum(call->flinfo.fn_oid));
 	}
 	PG_END_TRY();

@@ -8,6 +8,8 @@
 #ifndef REDRIVE_SEGMENT_H
 #define REDRIVE_SEGMENT_H
 
+#include "access/tupdesc.h"
+
 #include "base/crumbs.h"
 #include "flow/batch.h"
 
@@ -20,6 +22,7 @@ typedef struct SegmentResult
 								 * not known */
 	ErrorData  *error;			/* NULL = no item failed */
 	bool		function_gone;	/* dropped under our hands: no item's fault */
+	bool		bad_outcome;	/* the set handler is wrong about its items */
 } SegmentResult;
 
 /*
@@ -42,9 +45,24 @@ typedef struct UserCode
 #define MAX_LIVE_SUBXACTS 50
 
 /* A function prepared to be called for many items. */
-typedef struct RedriveCall RedriveCall;
+typedef struct RedriveCall
+{
+	RedriveChunk *chunk;
+	RedriveSlot *slot;
+	FmgrInfo	flinfo;
+	FunctionCallInfo fcinfo;
+	TupleDesc	item_desc;		/* of redrive.item, if the signature has it */
+	MemoryContext item_cxt;		/* reset for each call */
+	TupleDesc	outcome_desc;	/* of redrive.outcome, if a set handler
+								 * returns that */
+	int			n_outcomes;		/* of the last call */
+	RedriveOutcome *outcomes;
+	bool		judging;		/* an error is about the outcomes, and of no
+								 * item */
+} RedriveCall;
 
 extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot);
+extern Datum redrive_item_datum(RedriveCall *call, RedriveItem *item);
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
 extern bool redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,

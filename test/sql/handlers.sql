@@ -87,7 +87,7 @@ SELECT fails($$SELECT redrive.create_handler('h', 'a_row')$$);
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_unlock => 'nothing')$$);
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_unlock => 'f_payload')$$);
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_finish => 'nothing')$$);
--- Kinds that are not there yet.
+-- Kinds that do not fit the function, or are not there yet.
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', 'set')$$);
 SELECT fails($$SELECT redrive.create_handler('h', kind => 'external')$$);
 -- Names.

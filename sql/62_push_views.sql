@@ -1,0 +1,121 @@
+-- Views of the task centre, by the same rules as those of batches: owners and
+-- their members see their own, monitors no keys, payloads or messages.
+
+CREATE VIEW redrive.task_status WITH (security_barrier) AS
+SELECT t.task_key, t.process, t.status, t.version, t.is_test, t.created_at, t.changed_at, t.payload, pg_get_userbyid(t.owner) AS owner
+FROM redrive.tasks AS t
+WHERE pg_has_role(t.owner::oid, 'USAGE');
+
+CREATE VIEW redrive.push_status WITH (security_barrier) AS
+SELECT CASE WHEN m.mine THEN t.task_key END AS task_key, p.name AS platform, u.state, u.wanted_status, u.pushed_status, u.retry_count,
+    CASE WHEN u.state IN ('pending', 'waiting') THEN u.next_attempt_at END AS next_attempt_at, u.failed_at, u.http_status,
+    CASE WHEN m.mine THEN u.message END AS message,
+    u.error_class, u.wanted_version, u.pushed_version, u.attempt_no AS attempts, u.delivered_at, u.lease_until
+FROM redrive.pushes AS u
+JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
+JOIN redrive.tasks AS t ON t.task_id = u.task_id
+CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
+WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+
+CREATE VIEW redrive.push_attempts WITH (security_barrier) AS
+SELECT CASE WHEN m.mine THEN t.task_key END AS task_key, p.name AS platform, l.attempt_no, l.version, l.started_at, l.finished_at,
+    l.delivered, l.charged, l.is_probe, l.error_class, l.http_status, l.curl_code,
+    CASE WHEN m.mine THEN l.message END AS message,
+    CASE WHEN m.mine THEN l.response END AS response
+FROM redrive.push_log AS l
+JOIN redrive.platforms AS p ON p.platform_id = l.platform_id
+JOIN redrive.pushes AS u ON u.push_id = l.push_id
+JOIN redrive.tasks AS t ON t.task_id = u.task_id
+CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
+WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+
+CREATE VIEW redrive.platform_health WITH (security_barrier) AS
+SELECT p.name AS platform, p.paused, s.breaker, s.reason, s.blocked_until,
+    q.due, q.in_flight, q.waiting, q.dead, q.blocked, date_trunc('second', q.oldest_due_age) AS oldest_due_age,
+    s.attempts, s.delivered, s.last_delivered_at, s.last_failed_at,
+    round(r.n / 300.0, 1) AS per_second, r.p50_ms, r.p95_ms, s.in_flight_limit, p.max_in_flight
+FROM redrive.platforms AS p
+JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
+CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE u.state IN ('pending', 'waiting') AND u.next_attempt_at <= now()) AS due,
+        count(*) FILTER (WHERE u.state = 'in_flight') AS in_flight,
+        count(*) FILTER (WHERE u.state = 'waiting' AND u.next_attempt_at > now()) AS waiting,
+        count(*) FILTER (WHERE u.state = 'dead') AS dead,
+        count(*) FILTER (WHERE u.state = 'blocked') AS blocked,
+        now() - min(u.next_attempt_at) FILTER (WHERE u.state IN ('pending', 'waiting') AND u.next_attempt_at <= now()) AS oldest_due_age
+    FROM redrive.pushes AS u
+    WHERE u.platform_id = p.platform_id AND u.state <> 'delivered') AS q
+CROSS JOIN LATERAL (
+    SELECT count(*) AS n,
+        round((percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM l.finished_at - l.started_at)) * 1000)::numeric, 1) AS p50_ms,
+        round((percentile_cont(0.95) WITHIN GROUP (ORDER BY extract(epoch FROM l.finished_at - l.started_at)) * 1000)::numeric, 1) AS p95_ms
+    FROM redrive.push_log AS l
+    WHERE l.platform_id = p.platform_id AND l.finished_at > now() - interval '5 min') AS r
+WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+
+CREATE VIEW redrive.http_requests WITH (security_barrier) AS
+SELECT h.requested_at, pg_get_userbyid(h.requested_by) AS role, h.method, h.host, h.ok, h.http_status, h.attempts, h.milliseconds, h.error
+FROM redrive.http_log AS h
+WHERE pg_has_role(h.requested_by::oid, 'USAGE');
+
+-- Why a status has not arrived.
+CREATE FUNCTION redrive._why_push(p_caller oid, p_task_key text, p_platform text) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    p redrive.platforms := redrive._platform(p_caller, p_platform);
+    t redrive.tasks;
+    u redrive.pushes;
+    s redrive.platform_states;
+BEGIN
+    IF p_task_key IS NULL THEN
+        RAISE EXCEPTION 'task_key must not be null' USING ERRCODE = '22004', HINT = 'Give the key that the task was recorded with.';
+    END IF;
+    SELECT * INTO t FROM redrive.tasks AS x WHERE x.owner = p.owner AND x.task_key = p_task_key;
+    IF NOT FOUND THEN
+        RETURN QUERY SELECT 'not recorded', format('Role "%s", the owner of the platform, has no task of this key.', pg_get_userbyid(p.owner)),
+            'Record it as this role: SELECT redrive.record_task(...), or redrive.attach_task_source(...).';
+        RETURN;
+    END IF;
+    SELECT * INTO u FROM redrive.pushes AS x WHERE x.task_id = t.task_id AND x.platform_id = p.platform_id;
+    IF t.is_test THEN
+        RETURN QUERY SELECT 'is a test', 'Tests are recorded and not pushed.', NULL::text;
+    ELSIF u.push_id IS NULL THEN
+        RETURN QUERY SELECT 'not planned', format('The task changed at %s; push_window is %s.', t.changed_at, p.push_window), 'CALL redrive.run_pass(''push_tasks'');';
+    ELSIF u.state = 'delivered' THEN
+        RETURN QUERY SELECT 'delivered', format('Status "%s", version %s, at %s.', u.pushed_status, u.pushed_version, u.delivered_at), NULL::text;
+    ELSIF u.state = 'in_flight' THEN
+        RETURN QUERY SELECT 'being sent', format('Attempt %s; if nothing is known of it at %s it is tried again.', u.attempt_no, u.lease_until), NULL::text;
+    ELSIF u.state = 'dead' THEN
+        RETURN QUERY SELECT 'given up', format('After %s attempts, the last at %s: %s', u.attempt_no, u.failed_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
+    ELSIF u.state = 'blocked' THEN
+        RETURN QUERY SELECT 'blocked', u.message, format('SELECT redrive.alter_platform(%L, ...);', p.name);
+    ELSIF u.next_attempt_at > now() THEN
+        RETURN QUERY SELECT 'waiting for a retry', format('Until %s. The last attempt: %s', u.next_attempt_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
+    ELSE
+        RETURN QUERY SELECT 'due', format('Since %s.', u.next_attempt_at), NULL::text;
+    END IF;
+    IF u.state IN ('pending', 'waiting') THEN
+        SELECT * INTO s FROM redrive.platform_states AS x WHERE x.platform_id = p.platform_id;
+        IF p.paused THEN
+            RETURN QUERY SELECT 'the platform is paused', coalesce('Reason: ' || s.reason || '.', 'By pause_platform().'), format('SELECT redrive.resume_platform(%L);', p.name);
+        ELSIF s.breaker <> 'closed' THEN
+            RETURN QUERY SELECT 'the breaker of the platform is ' || s.breaker, format('Until %s, because %s.', s.blocked_until, s.reason), format('SELECT redrive.resume_platform(%L);', p.name);
+        END IF;
+        IF p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind) THEN
+            RETURN QUERY SELECT 'secrets are missing', 'Dumps do not have them.', format('SELECT redrive.set_platform_secret(%L, ...);', p.name);
+        END IF;
+        IF NOT redrive._preloaded() THEN
+            RETURN QUERY SELECT 'there are no workers', 'pg_redrive is not in shared_preload_libraries.', 'Add it and restart the server.';
+        ELSIF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
+            RETURN QUERY SELECT 'redrive.enabled is off', 'Nothing is pushed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();';
+        ELSIF NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database()) THEN
+            RETURN QUERY SELECT 'the pusher is not running', 'The supervisor starts it when there is a free worker process.', 'See max_worker_processes, and SELECT * FROM redrive.doctor();';
+        END IF;
+    END IF;
+END
+$$;
+
+CREATE FUNCTION redrive.why_push(task_key text, platform text) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_rows_as_owner';
+COMMENT ON FUNCTION redrive.why_push IS
+'Why the status of a task has not arrived at a platform, and the statement that helps. Errors: 42704 unknown platform, 42501 not yours, 22004 NULL.';
