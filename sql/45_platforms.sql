@@ -136,7 +136,7 @@ BEGIN
         build = CASE WHEN 'build' = ANY (v_unset) THEN NULL ELSE coalesce(p_build, build) END,
         success_when = CASE WHEN 'success_when' = ANY (v_unset) THEN NULL ELSE coalesce(p_success_when, success_when) END,
         permanent_status = coalesce(p_permanent_status, permanent_status),
-        needs_plan = needs_plan OR p_push_window > push_window,
+        needs_plan = needs_plan OR coalesce(p_push_window > push_window, false),
         push_window = coalesce(p_push_window, push_window),
         timeout = coalesce(p_timeout, timeout),
         connect_timeout = coalesce(p_connect_timeout, connect_timeout),

@@ -40,7 +40,7 @@ async def behave(path, number, reader, writer):
     elif word == "json":
         await answer(writer, 200, urllib.parse.unquote(rest[0]).encode())
     elif word == "delay":
-        await asyncio.sleep(float(rest[0]))
+        await asyncio.sleep(float(rest[0]))  # -- slow handler
         await answer(writer, 200)
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)
@@ -53,7 +53,7 @@ async def behave(path, number, reader, writer):
         while True:
             writer.write(b"x")
             await writer.drain()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # -- slow handler
     elif word == "huge":
         writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 10000000000\r\n\r\n")
         while True:

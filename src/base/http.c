@@ -89,6 +89,45 @@ set_timer(CURLM *multi, long timeout_ms, void *arg)
 	return 0;
 }
 
+/* Make room for requests; NULL when something cannot be had. */
+static RedriveHttp *
+make_http(int max_transfers)
+{
+	RedriveHttp *http = calloc(1, sizeof(RedriveHttp));
+
+	if (http == NULL)
+		return NULL;
+	http->timer_ms = -1;
+	http->last_done = &http->done;
+	http->n_transfers = max_transfers;
+	http->transfers = calloc(max_transfers, sizeof(Transfer *));
+	http->multi = curl_multi_init();
+	http->epoll_fd = -1;
+	if (AcquireExternalFD())
+	{
+		http->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+		if (http->epoll_fd < 0)
+			ReleaseExternalFD();
+	}
+	if (http->transfers == NULL || http->multi == NULL || http->epoll_fd < 0)
+	{
+		redrive_http_destroy(http);
+		return NULL;
+	}
+	curl_multi_setopt(http->multi, CURLMOPT_SOCKETFUNCTION, watch_socket);
+	curl_multi_setopt(http->multi, CURLMOPT_SOCKETDATA, http);
+	curl_multi_setopt(http->multi, CURLMOPT_TIMERFUNCTION, set_timer);
+	curl_multi_setopt(http->multi, CURLMOPT_TIMERDATA, http);
+	curl_multi_setopt(http->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
+
+	/*
+	 * it counts connections in use too: with less, slow ones push all others
+	 * out
+	 */
+	curl_multi_setopt(http->multi, CURLMOPT_MAXCONNECTS, (long) max_transfers * 2);
+	return http;
+}
+
 /*
  * Make room for so many requests at a time.
  *
@@ -112,42 +151,12 @@ redrive_http_create(int max_transfers)
 					 errhint("Version 7.85 or later is needed.")));
 		initialized = true;
 	}
-	http = calloc(1, sizeof(RedriveHttp));
-	if (http != NULL)
-	{
-		http->timer_ms = -1;
-		http->last_done = &http->done;
-		http->n_transfers = max_transfers;
-		http->transfers = calloc(max_transfers, sizeof(Transfer *));
-		http->multi = curl_multi_init();
-		http->epoll_fd = -1;
-		if (AcquireExternalFD())
-		{
-			http->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-			if (http->epoll_fd < 0)
-				ReleaseExternalFD();
-		}
-	}
-	if (http == NULL || http->transfers == NULL || http->multi == NULL || http->epoll_fd < 0)
-	{
-		if (http != NULL)
-			redrive_http_destroy(http);
+	http = make_http(max_transfers);
+	if (http == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 				 errmsg("could not prepare for HTTP requests"),
 				 errhint("There is no memory, or no file descriptor: see max_files_per_process and the limits of the operating system.")));
-	}
-	curl_multi_setopt(http->multi, CURLMOPT_SOCKETFUNCTION, watch_socket);
-	curl_multi_setopt(http->multi, CURLMOPT_SOCKETDATA, http);
-	curl_multi_setopt(http->multi, CURLMOPT_TIMERFUNCTION, set_timer);
-	curl_multi_setopt(http->multi, CURLMOPT_TIMERDATA, http);
-	curl_multi_setopt(http->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
-
-	/*
-	 * it counts connections in use too: with less, slow ones push all others
-	 * out
-	 */
-	curl_multi_setopt(http->multi, CURLMOPT_MAXCONNECTS, (long) max_transfers * 2);
 	return http;
 }
 

@@ -38,7 +38,7 @@ typedef struct RedriveHttpRequest
 typedef struct RedriveHttpResult
 {
 	void	   *arg;
-	int			curl_code;		/* 0 = an answer came */
+	int			failure_code;	/* 0 = an answer came */
 	int			status;			/* of the answer, 0 = none */
 	bool		refused;		/* by our address policy; nothing was sent */
 	bool		ours;			/* no descriptors, ports or memory: not the

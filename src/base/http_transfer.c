@@ -314,7 +314,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	memset(result, 0, sizeof(RedriveHttpResult));
 	result->arg = transfer->arg;
 	result->transfer = transfer;
-	result->curl_code = code;
+	result->failure_code = code;
 	result->status = status;
 	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
 	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened;

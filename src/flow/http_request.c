@@ -92,7 +92,7 @@ await(RedriveHttp *http, WaitEventSet *set, RedriveHttpResult *result)
 static bool
 is_temporary(const RedriveHttpResult *result)
 {
-	if (result->curl_code != 0)
+	if (result->failure_code != 0)
 		return !result->refused && !result->tls;
 	return result->status == 408 || result->status == 425 || result->status == 429 || result->status >= 500;
 }
@@ -130,10 +130,10 @@ send_request(const RedriveHttpRequest *request, int max_attempts, int delay_ms, 
 				ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 			await(http, set, &result);
 			outcome->status = result.status;
-			outcome->ok = result.curl_code == 0 && result.status >= 200 && result.status < 300;
+			outcome->ok = result.failure_code == 0 && result.status >= 200 && result.status < 300;
 			outcome->answer = redrive_clean_text(result.body, result.body_len, result.body_len);
 			outcome->error = outcome->ok ? NULL :
-				result.curl_code != 0 ? pstrdup(result.error) : psprintf("the answer was %d", result.status);
+				result.failure_code != 0 ? pstrdup(result.error) : psprintf("the answer was %d", result.status);
 			again = !outcome->ok && is_temporary(&result) && outcome->attempts < max_attempts;
 			wait_ms = Max(delay_ms, Min(result.retry_after_s, 60) * 1000L);
 			redrive_http_free_result(&result);

@@ -264,8 +264,8 @@ log_attempts(Push **pushes, uint64 rows, bool without_answers)
 		values[L_CLASS] = error_class != NULL ? CStringGetTextDatum(error_class) : (Datum) 0;
 		nulls[L_STATUS] = p->status == 0;
 		values[L_STATUS] = Int32GetDatum(p->status);
-		nulls[L_CURL] = p->curl_code == 0;
-		values[L_CURL] = Int32GetDatum(p->curl_code);
+		nulls[L_CURL] = p->failure_code == 0;
+		values[L_CURL] = Int32GetDatum(p->failure_code);
 		nulls[L_MESSAGE] = message == NULL;
 		values[L_MESSAGE] = message != NULL ? CStringGetTextDatum(message) : (Datum) 0;
 		nulls[L_RESPONSE] = response == NULL;

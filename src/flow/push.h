@@ -100,7 +100,7 @@ typedef struct Push
 	int			wait_ms;		/* the least time to the next attempt */
 	const char *error_class;	/* NULL = none */
 	int			status;
-	int			curl_code;
+	int			failure_code;
 	const char *message;		/* NULL = none */
 	char	   *response;		/* what is kept of the answer, or NULL */
 	char	   *answer;			/* all of it, if success_when wants it and it

@@ -80,7 +80,7 @@ judge_status(Push *push, const RedriveHttpResult *http)
 	if (status == 429 || (status == 503 && http->retry_after_s > 0))
 	{
 		fail(push, "throttled", false);
-		push->wait_ms = Min(http->retry_after_s, MAX_WAIT_S) * 1000;
+		push->wait_ms = (int) Min(Max(http->retry_after_s, platform->retry_interval_s), MAX_WAIT_S) * 1000;
 	}
 	else if (status == 401 || status == 403 || status == 407)
 		fail(push, "credential", false);
@@ -212,10 +212,10 @@ redrive_judge_push(Push *push, const RedriveHttpResult *http)
 {
 	push->finished_at = GetCurrentTimestamp();
 	push->status = http->status;
-	push->curl_code = http->curl_code;
+	push->failure_code = http->failure_code;
 	if (http->body_len > 0)
 		push->response = redrive_clean_text(http->body, http->body_len, REDRIVE_KEPT_ANSWER);
-	if (http->curl_code == 0)
+	if (http->failure_code == 0)
 		judge_status(push, http);
 	else
 	{

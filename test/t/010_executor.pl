@@ -131,6 +131,10 @@ SELECT redrive.submit('bob failing', ARRAY['"private"']::jsonb[], label => 'fail
 });
 # bob has two executors, both held up; the third place is taken by an idle one of alice
 batch_is($node, 'failing');
+# and what is pushed: to an address that is refused
+$node->safe_psql('postgres', 'GRANT EXECUTE ON FUNCTION redrive.http_request TO bob');
+as_role('bob', "SELECT redrive.create_platform('bob platform', 'https://127.0.0.1/'), redrive.record_task('bob task', 'secret'), redrive.http_request('GET', 'https://127.0.0.1/')");
+ok(poll_until($node, "SELECT count(*) = 1 FROM redrive.push_attempts WHERE platform = 'bob platform'"), 'something was pushed');
 my $views = $node->safe_psql('postgres',
 	q{SELECT string_agg(format('%I', viewname), ' ' ORDER BY viewname) FROM pg_views
 	  WHERE schemaname = 'redrive' AND viewname NOT LIKE '\_%' AND viewname NOT IN ('pass_history', 'crashed_items')});

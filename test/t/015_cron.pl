@@ -41,12 +41,12 @@ is($node->safe_psql('postgres', 'SELECT reason FROM redrive.stale_batches'), 'fa
 
 # --- both databases are scheduled, the other one by the statements of the hint
 is( $node->safe_psql('postgres', 'SELECT job_name, schedule FROM redrive.schedule_passes() ORDER BY 1'),
-	"pg_redrive purge|7 * * * *\npg_redrive rescue_stale|* * * * *\npg_redrive retry_failed|* * * * *",
+	"pg_redrive purge|7 * * * *\npg_redrive push_tasks|* * * * *\npg_redrive rescue_stale|* * * * *\npg_redrive retry_failed|* * * * *",
 	'the passes are scheduled');
 $node->safe_psql('postgres', 'SELECT redrive.schedule_passes()');
-is($node->safe_psql('postgres', 'SELECT count(*) FROM cron.job'), '3', 'twice is once');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM cron.job'), '4', 'twice is once');
 $node->safe_psql('postgres', $statements // '');
-is($node->safe_psql('postgres', "SELECT count(*) FROM cron.job WHERE database = 'other'"), '3', 'the passes of the other database are scheduled');
+is($node->safe_psql('postgres', "SELECT count(*) FROM cron.job WHERE database = 'other'"), '4', 'the passes of the other database are scheduled');
 
 # --- the next full minute
 ok( poll_until(
@@ -66,7 +66,7 @@ verified_ok($node, 'after the passes');
 
 # --- and off again
 $node->safe_psql('postgres', 'SELECT redrive.unschedule_passes()');
-is($node->safe_psql('postgres', "SELECT count(*), min(database) FROM cron.job"), '3|other', 'unscheduled here, not in the other database');
+is($node->safe_psql('postgres', "SELECT count(*), min(database) FROM cron.job"), '4|other', 'unscheduled here, not in the other database');
 $node->psql('other', 'SELECT redrive.unschedule_passes()', stderr => \$err);
 ($statements) = $err =~ /HINT:[^\n]*and run:\n(.*;)/s;
 $node->safe_psql('postgres', $statements // '');

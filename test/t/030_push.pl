@@ -94,12 +94,18 @@ my @table = (
 	[ '/reset', 'dead', 'ambiguous', 2 ],
 	[ '/drip', 'dead', 'timeout', 2, "timeout => '300 ms', connect_timeout => '300 ms'" ],
 	[ '/delay/30', 'dead', 'timeout', 2, "timeout => '300 ms', connect_timeout => '300 ms'" ],
-	[ '/status/429', 'waiting', 'throttled', 1 ],
+	[ '/status/429', 'waiting', 'throttled', 1, "retry_interval => '10 min'" ],
 	[ '/retry-after/503/120', 'waiting', 'throttled', 1 ],
 	[ '/status/401', 'waiting', 'credential', 1 ],
 	[ '/status/410', 'waiting', 'gone', 1 ],
 );
-platform($node, $receiver, $_->[0], $_->[0], "max_retries => 1, retry_interval => '10 ms'" . ($_->[4] ? ", $_->[4]" : '')) foreach @table;
+foreach my $row (@table)
+{
+	my $more = join(', ', 'max_retries => 1', $row->[4] // ());
+
+	$more .= ", retry_interval => '10 ms'" unless $more =~ /retry_interval/;
+	platform($node, $receiver, $row->[0], $row->[0], $more);
+}
 # addresses that are refused: nothing is sent, in any spelling
 my %refused = (
 	'loopback' => 'https://127.0.0.1/', 'decimal' => 'https://2130706433/', 'octal' => 'https://0177.0.0.1/', 'hex' => 'https://0x7f000001/', 'short' => 'https://127.1/',
