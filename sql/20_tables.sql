@@ -23,6 +23,7 @@ CREATE TABLE redrive.handlers (
     on_finish text,
     paused boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
+    notify boolean NOT NULL DEFAULT false,
     CONSTRAINT handlers_pkey PRIMARY KEY (handler_id),
     CONSTRAINT handlers_name_key UNIQUE (name),
     CONSTRAINT handlers_name_check CHECK (name <> '' AND length(name) <= 100),
@@ -38,7 +39,8 @@ CREATE TABLE redrive.handlers (
     CONSTRAINT handlers_item_timeout_check CHECK (item_timeout >= interval '1 ms' AND item_timeout <= interval '20 days'),
     CONSTRAINT handlers_commit_interval_check CHECK (commit_interval BETWEEN interval '1 ms' AND interval '1 hour'),
     CONSTRAINT handlers_max_workers_check CHECK (max_workers > 0),
-    CONSTRAINT handlers_tolerated_failures_check CHECK (tolerated_failures >= 0)
+    CONSTRAINT handlers_tolerated_failures_check CHECK (tolerated_failures >= 0),
+    CONSTRAINT handlers_notify_check CHECK (NOT notify OR (kind = 'external' AND octet_length(name) <= 55))
 );
 CREATE INDEX handlers_owner_idx ON redrive.handlers (owner);
 
@@ -144,9 +146,15 @@ CREATE TABLE redrive.chunks (
     claimed_at timestamptz NOT NULL,
     progress_at timestamptz NOT NULL,
     finished_at timestamptz,
+    worker text,
+    lease interval,
+    lease_until timestamptz,
+    settled int8multirange,
     CONSTRAINT chunks_pkey PRIMARY KEY (chunk_id),
     CONSTRAINT chunks_range_check CHECK (from_no <= to_no + 1 AND done_to BETWEEN from_no - 1 AND to_no AND done <= items),
-    CONSTRAINT chunks_worker_check CHECK ((state = 'running') = (lease_token IS NOT NULL AND worker_pid IS NOT NULL)),
+    CONSTRAINT chunks_worker_check CHECK ((state = 'running') = (lease_token IS NOT NULL AND (worker_pid IS NOT NULL OR lease_until IS NOT NULL))),
+    CONSTRAINT chunks_lease_check CHECK (lease_until IS NULL OR (state = 'running' AND worker_pid IS NULL AND lease IS NOT NULL)),
+    CONSTRAINT chunks_settled_check CHECK (NOT isempty(settled)),
     CONSTRAINT chunks_done_check CHECK ((state = 'done') = (finished_at IS NOT NULL)),
     CONSTRAINT chunks_folded_check CHECK (state = 'done' OR NOT folded)
 ) WITH (fillfactor = 50);

@@ -41,7 +41,7 @@ CREATE FUNCTION redrive._create_handler(
     p_max_retries int, p_retry_delay interval, p_retry_factor float8, p_retry_delay_max interval,
     p_stale_after interval, p_start_timeout interval, p_retry_window interval,
     p_item_timeout interval, p_isolation redrive.isolation_mode, p_commit_interval interval,
-    p_max_workers int, p_tolerated_failures int, p_on_unlock text, p_on_finish text) RETURNS void
+    p_max_workers int, p_tolerated_failures int, p_on_unlock text, p_on_finish text, p_notify boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_name text;
@@ -55,11 +55,11 @@ BEGIN
     INSERT INTO redrive.handlers (
         name, kind, owner, function, signature, max_retries, retry_delay, retry_factor, retry_delay_max,
         stale_after, start_timeout, retry_window, item_timeout, isolation, commit_interval,
-        max_workers, tolerated_failures, on_unlock, on_finish)
+        max_workers, tolerated_failures, on_unlock, on_finish, notify)
     VALUES (
         p_name, p_kind, p_caller, p_function, p_signature::redrive.handler_signature, p_max_retries, p_retry_delay, p_retry_factor, p_retry_delay_max,
         p_stale_after, p_start_timeout, p_retry_window, p_item_timeout, p_isolation, p_commit_interval,
-        p_max_workers, p_tolerated_failures, p_on_unlock, p_on_finish);
+        p_max_workers, p_tolerated_failures, p_on_unlock, p_on_finish, p_notify);
 EXCEPTION
     WHEN check_violation THEN
         GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
@@ -89,7 +89,7 @@ CREATE FUNCTION redrive._alter_handler(
     p_max_retries int, p_retry_delay interval, p_retry_factor float8, p_retry_delay_max interval,
     p_stale_after interval, p_start_timeout interval, p_retry_window interval,
     p_item_timeout interval, p_isolation redrive.isolation_mode, p_commit_interval interval,
-    p_max_workers int, p_tolerated_failures int, p_on_unlock text, p_on_finish text, p_unset text[]) RETURNS void
+    p_max_workers int, p_tolerated_failures int, p_on_unlock text, p_on_finish text, p_unset text[], p_notify boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     h redrive.handlers := redrive._handler(p_caller, p_name);
@@ -100,6 +100,10 @@ BEGIN
     IF p_kind <> h.kind THEN
         RAISE EXCEPTION 'cannot change the kind of handler "%"', p_name USING ERRCODE = '0A000',
             DETAIL = format('It is "%s".', h.kind), HINT = 'Create another handler.';
+    END IF;
+    IF h.kind = 'external' AND p_function IS NOT NULL THEN
+        RAISE EXCEPTION 'handler "%" has no function', p_name USING ERRCODE = '22023',
+            DETAIL = 'Its kind is "external".', HINT = 'Its items are claimed by applications with redrive.claim().';
     END IF;
     SELECT u INTO v_wrong FROM unnest(v_unset) AS u
     WHERE u IS NULL OR u NOT IN ('retry_delay', 'item_timeout', 'max_workers', 'tolerated_failures', 'on_unlock', 'on_finish')
@@ -124,7 +128,8 @@ BEGIN
         max_workers = CASE WHEN 'max_workers' = ANY (v_unset) THEN NULL ELSE coalesce(p_max_workers, max_workers) END,
         tolerated_failures = CASE WHEN 'tolerated_failures' = ANY (v_unset) THEN NULL ELSE coalesce(p_tolerated_failures, tolerated_failures) END,
         on_unlock = CASE WHEN 'on_unlock' = ANY (v_unset) THEN NULL ELSE coalesce(p_on_unlock, on_unlock) END,
-        on_finish = CASE WHEN 'on_finish' = ANY (v_unset) THEN NULL ELSE coalesce(p_on_finish, on_finish) END
+        on_finish = CASE WHEN 'on_finish' = ANY (v_unset) THEN NULL ELSE coalesce(p_on_finish, on_finish) END,
+        notify = coalesce(p_notify, notify)
     WHERE handler_id = h.handler_id;
     PERFORM redrive._wake(h.owner);
 EXCEPTION WHEN check_violation THEN
@@ -184,7 +189,7 @@ DECLARE
     h redrive.handlers := redrive._handler(p_caller, p_name);
 BEGIN
     UPDATE redrive.handlers SET paused = false WHERE handler_id = h.handler_id;
-    PERFORM redrive._wake(h.owner);
+    PERFORM redrive._wake(h.owner), redrive._notify(h.handler_id);
 END
 $$;
 
@@ -194,10 +199,10 @@ CREATE FUNCTION redrive.create_handler(
     stale_after interval DEFAULT '10 min', start_timeout interval DEFAULT '1 h', retry_window interval DEFAULT '24 h',
     item_timeout interval DEFAULT NULL, isolation redrive.isolation_mode DEFAULT 'chunk',
     commit_interval interval DEFAULT '250 ms', max_workers int DEFAULT NULL, tolerated_failures int DEFAULT NULL,
-    on_unlock text DEFAULT NULL, on_finish text DEFAULT NULL) RETURNS void
+    on_unlock text DEFAULT NULL, on_finish text DEFAULT NULL, notify boolean DEFAULT false) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_create_handler';
 COMMENT ON FUNCTION redrive.create_handler IS
-'Create a handler owned by the caller. function: a name, or a name with argument types, of a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item); for kind set, of (items redrive.item[]) that returns void or SETOF redrive.outcome. max_retries 3 means 4 attempts. retry_delay NULL = failures wait for the retry_failed pass. on_unlock(key text) is called when an item''s key is unlocked, on_finish(batch_id bigint, run_no int) when a batch ends. Errors: 42710 name taken, 42883 no such function, 42725 several fit, 22023 value out of range, 42501 no EXECUTE.';
+'Create a handler owned by the caller. function: a name, or a name with argument types, of a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item); for kind set, of (items redrive.item[]) that returns void or SETOF redrive.outcome. max_retries 3 means 4 attempts. retry_delay NULL = failures wait for the retry_failed pass. on_unlock(key text) is called when an item''s key is unlocked, on_finish(batch_id bigint, run_no int) when a batch ends. notify, for kind external: NOTIFY redrive_<name> when there is something to claim. Errors: 42710 name taken, 42883 no such function, 42725 several fit, 22023 value out of range, 42501 no EXECUTE.';
 
 CREATE FUNCTION redrive.alter_handler(
     name text, function text DEFAULT NULL, kind redrive.handler_kind DEFAULT NULL,
@@ -205,7 +210,7 @@ CREATE FUNCTION redrive.alter_handler(
     stale_after interval DEFAULT NULL, start_timeout interval DEFAULT NULL, retry_window interval DEFAULT NULL,
     item_timeout interval DEFAULT NULL, isolation redrive.isolation_mode DEFAULT NULL,
     commit_interval interval DEFAULT NULL, max_workers int DEFAULT NULL, tolerated_failures int DEFAULT NULL,
-    on_unlock text DEFAULT NULL, on_finish text DEFAULT NULL, unset text[] DEFAULT NULL) RETURNS void
+    on_unlock text DEFAULT NULL, on_finish text DEFAULT NULL, unset text[] DEFAULT NULL, notify boolean DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_alter_handler';
 COMMENT ON FUNCTION redrive.alter_handler IS
 'Change a handler. NULL leaves a setting unchanged; unset lists settings to make NULL, for example ARRAY[''item_timeout'']. Takes effect with the next chunk. Errors: 42704 unknown, 42501 not yours, 22023 value out of range.';

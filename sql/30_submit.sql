@@ -6,6 +6,10 @@ LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__wake';
 CREATE FUNCTION redrive._wake_supervisor() RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive__wake_supervisor';
 
+-- The same if it would sleep longer than to this time.
+CREATE FUNCTION redrive._wake_supervisor_by(at timestamptz) RETURNS void
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__wake_supervisor_by';
+
 CREATE FUNCTION redrive.submit(handler text, payloads jsonb[], keys text[] DEFAULT NULL, run_at timestamptz DEFAULT NULL,
     priority int DEFAULT 0, label text DEFAULT NULL, idempotency_key text DEFAULT NULL) RETURNS bigint
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_submit';
@@ -52,7 +56,7 @@ BEGIN
         PERFORM redrive._fold(p_batch_id);
     END IF;
     SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
-    PERFORM redrive._wake(v_owner);
+    PERFORM redrive._wake(v_owner), redrive._notify(b.handler_id);
 END
 $$;
 

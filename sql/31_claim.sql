@@ -1,38 +1,44 @@
 -- Claim: what a worker takes, in a short transaction of its own.
 
--- The best candidate of each handler and kind of work that is not paused.
--- Cost: a few index probes per handler, whatever the number of batches.
+-- The best candidate of each kind of work of a handler: a few index probes,
+-- whatever the number of batches.
+CREATE FUNCTION redrive._work(p_handler_id int, p_as_of timestamptz)
+RETURNS TABLE (work text, batch_id bigint, priority int, due timestamptz)
+LANGUAGE sql STABLE AS $$
+    (SELECT 'orphan', b.batch_id, b.priority, b.serve_after
+     FROM redrive.chunks AS c
+     JOIN redrive.batches AS b ON b.batch_id = c.batch_id
+     WHERE c.handler_id = $1 AND c.state = 'orphaned' AND b.state IN ('running', 'retrying')
+     ORDER BY b.priority DESC, b.serve_after
+     LIMIT 1)
+    UNION ALL
+    (SELECT 'first', b.batch_id, b.priority, b.serve_after
+     FROM redrive.batches AS b
+     -- somebody may have claimed of it, and committed, since we looked at the clock
+     WHERE b.handler_id = $1 AND b.claimable AND b.serve_after <= greatest($2, (SELECT clock_timestamp()))
+     ORDER BY b.priority DESC, b.serve_after
+     LIMIT 1)
+    UNION ALL
+    (SELECT 'retry', b.batch_id, b.priority, b.next_retry_at
+     FROM redrive.batches AS b
+     WHERE b.handler_id = $1 AND b.next_retry_at <= $2 AND b.state IN ('running', 'retrying')
+     ORDER BY b.next_retry_at
+     LIMIT 1)
+    UNION ALL
+    (SELECT 'callback', k.batch_id, 2147483647, k.next_attempt_at
+     FROM redrive.callbacks AS k
+     WHERE k.handler_id = $1 AND k.next_attempt_at <= $2
+     LIMIT 1)
+$$;
+
+-- What our own workers can do, of all handlers that are not paused.
 CREATE FUNCTION redrive._candidates(p_as_of timestamptz)
 RETURNS TABLE (handler_id int, owner oid, work text, priority int, due timestamptz)
 LANGUAGE sql STABLE AS $$
     SELECT h.handler_id, h.owner::oid, w.work, w.priority, w.due
     FROM redrive.handlers AS h
-    CROSS JOIN LATERAL (
-        (SELECT 'orphan', b.priority, b.serve_after
-         FROM redrive.chunks AS c
-         JOIN redrive.batches AS b ON b.batch_id = c.batch_id
-         WHERE c.handler_id = h.handler_id AND c.state = 'orphaned' AND b.state IN ('running', 'retrying')
-         ORDER BY b.priority DESC, b.serve_after
-         LIMIT 1)
-        UNION ALL
-        (SELECT 'first', b.priority, b.serve_after
-         FROM redrive.batches AS b
-         WHERE b.handler_id = h.handler_id AND b.claimable AND b.serve_after <= p_as_of
-         ORDER BY b.priority DESC, b.serve_after
-         LIMIT 1)
-        UNION ALL
-        (SELECT 'retry', b.priority, b.next_retry_at
-         FROM redrive.batches AS b
-         WHERE b.handler_id = h.handler_id AND b.next_retry_at <= p_as_of AND b.state IN ('running', 'retrying')
-         ORDER BY b.next_retry_at
-         LIMIT 1)
-        UNION ALL
-        (SELECT 'callback', 2147483647, k.next_attempt_at
-         FROM redrive.callbacks AS k
-         WHERE k.handler_id = h.handler_id AND k.next_attempt_at <= p_as_of
-         LIMIT 1)
-    ) AS w (work, priority, due)
-    WHERE h.kind <> 'external' AND NOT h.paused
+    CROSS JOIN LATERAL redrive._work(h.handler_id, $1) AS w
+    WHERE (h.kind <> 'external' OR w.work = 'callback') AND NOT h.paused
       AND (h.max_workers IS NULL OR w.work = 'callback'
            OR h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running'))
 $$;

@@ -58,10 +58,11 @@ BEGIN
             WHEN 'unknown' THEN
                 PERFORM redrive._suspect(c.batch_id, c.done_to + 1, c.to_no, c.chunk_id, k.crashed_at)
                 FROM redrive.chunks AS c
-                WHERE c.state = 'running' AND c.claimed_at < k.crashed_at;
+                WHERE c.state = 'running' AND c.worker_pid IS NOT NULL AND c.claimed_at < k.crashed_at;
                 -- the claim of a small batch just sent may be lost too
                 PERFORM redrive._suspect(b.batch_id, 1, b.total, NULL, k.crashed_at)
                 FROM redrive.batches AS b
+                JOIN redrive.handlers AS h ON h.handler_id = b.handler_id AND h.kind <> 'external'
                 WHERE b.claimable AND b.claimed_to = 0 AND b.total <= 100 AND b.sealed_at BETWEEN k.crashed_at - interval '1 min' AND k.crashed_at
                   AND b.serve_after <= k.crashed_at; -- by index: this is asked until the next restart
             ELSE

@@ -139,8 +139,11 @@ BEGIN
         PERFORM redrive._fold(c.batch_id);
     ELSIF v_left = 0 THEN
         UPDATE redrive.chunks
-        SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp()
+        SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, lease_until = NULL, finished_at = clock_timestamp()
         WHERE chunk_id = p_chunk_id;
+        PERFORM redrive._fold(c.batch_id);
+    ELSIF p_lost AND c.lease_until IS NOT NULL AND v_left = 1 AND c.rescue_count + 1 - c.excused >= 10 THEN
+        PERFORM redrive._quarantine(b, c, c.rescue_count + 1 - c.excused);
         PERFORM redrive._fold(c.batch_id);
     ELSE
         -- the rate so far decides how much the next worker takes
@@ -152,16 +155,23 @@ BEGIN
             SELECT FROM redrive._crumbs() AS k
             WHERE k.chunk_id = p_chunk_id AND k.lease_token = p_lease_token AND k.kind IN ('item', 'unlock', 'innocent'));
         UPDATE redrive.chunks
-        SET state = 'orphaned', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL,
+        SET state = 'orphaned', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, lease_until = NULL,
             rescue_count = rescue_count + p_lost::int, excused = excused + v_excused::int
         WHERE chunk_id = p_chunk_id;
         IF p_lost AND NOT v_excused AND c.rescue_count + 1 - c.excused >= 10 THEN
             PERFORM redrive._pause(b, format('chunk %s lost its worker %s times', c.chunk_id, c.rescue_count + 1 - c.excused));
         END IF;
     END IF;
-    PERFORM redrive._wake(v_owner);
+    PERFORM redrive._wake(v_owner), redrive._notify(c.handler_id);
     RETURN true;
 END
+$$;
+
+-- What is not done of a chunk; of a retry chunk also numbers that are not in
+-- its list.  Only external workers do items out of their order.
+CREATE FUNCTION redrive._open_ranges(c redrive.chunks) RETURNS int8multirange
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT int8multirange(int8range(c.done_to, c.to_no, '(]')) - coalesce(c.settled, '{}')
 $$;
 
 -- Cancel what is left of a chunk and unlock its keys; the caller has locked both.
@@ -169,13 +179,13 @@ CREATE FUNCTION redrive._cancel_chunk(b redrive.batches, c redrive.chunks) RETUR
 LANGUAGE plpgsql AS $$
 BEGIN
     IF c.kind = 'first' THEN
-        PERFORM redrive._unlock_range(b, c.done_to + 1, c.to_no);
+        PERFORM redrive._unlock_range(b, lower(r), upper(r) - 1) FROM unnest(redrive._open_ranges(c)) AS r;
     ELSE
         PERFORM redrive._put_back(b, c);
     END IF;
     UPDATE redrive.chunks
-    SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, finished_at = clock_timestamp(),
-        cancelled = cancelled + items - done, items = done, to_no = CASE WHEN kind = 'first' THEN done_to ELSE to_no END
+    SET state = 'done', lease_token = NULL, worker_pid = NULL, worker_started_at = NULL, lease_until = NULL, finished_at = clock_timestamp(),
+        cancelled = cancelled + items - done, items = done, to_no = CASE WHEN kind = 'first' THEN coalesce(upper(settled) - 1, done_to) ELSE to_no END
     WHERE chunk_id = c.chunk_id;
 END
 $$;
@@ -191,7 +201,7 @@ BEGIN
         SELECT u.item_no, u.attempts, u.free_count, u.first_failed_at
         FROM redrive.retry_lists AS l
         CROSS JOIN LATERAL unnest(l.item_nos, l.attempts, l.free_counts, l.first_failed_at) AS u (item_no, attempts, free_count, first_failed_at)
-        WHERE l.chunk_id = c.chunk_id AND u.item_no > c.done_to
+        WHERE l.chunk_id = c.chunk_id AND redrive._open_ranges(c) @> u.item_no
     ), unlogged AS (
         DELETE FROM redrive.failure_log AS g
         USING left_over AS u

@@ -44,15 +44,31 @@ FROM redrive.chunks AS c
 WHERE NOT c.folded
 GROUP BY c.batch_id;
 
+-- Since when this server takes writes: the start of a process that is started
+-- only then, after a crash and on a promoted standby too.
+CREATE VIEW redrive._up AS
+SELECT max(a.backend_start) AS since
+FROM pg_stat_get_activity(NULL) AS a
+WHERE a.backend_type = 'walwriter';
+
 -- Claims and whether their worker lives.  Facts, not clocks: a process of that
 -- pid and start is there or it is not, and it is here: a database restored from
 -- a dump next to the original has the claims of workers of that one.  The start of a process of another role
 -- is hidden from ordinary users, who then go by the pid.
+-- An external worker lives as long as its lease, and while the server was down it
+-- could not renew that: then the lease counts from the server's start.  It is
+-- stuck when it settles nothing for longer than stale_after and than its lease.
 CREATE VIEW redrive._running_chunks AS
 SELECT c.chunk_id, c.batch_id, c.lease_token, c.progress_at,
-    a.pid IS NOT NULL AS alive,
-    s.item_no IS NOT NULL AS in_item
+    CASE WHEN c.lease_until IS NULL THEN a.pid IS NOT NULL ELSE l.ends_at > clock_timestamp() END AS alive,
+    s.item_no IS NOT NULL AS in_item,
+    l.ends_at AS lease_ends_at,
+    c.progress_at + greatest(c.lease, h.stale_after) AS stuck_from
 FROM redrive.chunks AS c
+JOIN redrive.handlers AS h ON h.handler_id = c.handler_id
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN c.lease_until IS NOT NULL THEN greatest(c.lease_until, (SELECT u.since FROM redrive._up AS u) + c.lease) END AS ends_at
+) AS l
 LEFT JOIN pg_stat_get_activity(NULL) AS a
     ON a.pid = c.worker_pid AND a.datid = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
     AND (a.backend_start = c.worker_started_at OR a.backend_start IS NULL)
@@ -64,9 +80,8 @@ WHERE c.state = 'running';
 -- failures.
 CREATE VIEW redrive._live AS
 SELECT l.batch_id, l.part, l.state, l.run_at, l.sealed_at, l.last_progress_at, l.attempted_at, l.next_retry_at,
-    v.name AS handler, v.owner, v.kind, v.paused, v.max_retries, v.retry_window, w.lost_since, w.stuck_since,
+    v.name AS handler, v.owner, v.kind, v.paused, v.max_retries, v.retry_window, w.lost_since, w.stuck_since, w.stuck_from,
     greatest(l.last_progress_at, u.progress_at) AS progress_at,
-    w.stuck_since + v.stale_after AS stuck_from,
     CASE WHEN l.state = 'open' THEN l.last_progress_at + v.start_timeout END AS unsealed_from,
     CASE WHEN l.state = 'ready' THEN greatest(l.run_at, l.sealed_at) + v.start_timeout END AS start_from,
     CASE WHEN l.state IN ('running', 'retrying') AND coalesce(u.running_chunks, 0) = 0 AND (l.claimed_to < l.total OR u.orphaned_chunks > 0)
@@ -79,7 +94,7 @@ SELECT l.batch_id, l.part, l.state, l.run_at, l.sealed_at, l.last_progress_at, l
     CASE WHEN l.state = 'retrying' AND l.next_retry_at IS NULL THEN l.attempted_at END AS failed_from,
     l.state IN ('running', 'retrying') AS may_be_overdue,
     l.oldest_failure_at + v.retry_window AS expired_from,
-    least(w.lost_since, w.stuck_since + v.stale_after, CASE l.state
+    least(w.lost_since, w.stuck_from, CASE l.state
         WHEN 'ready' THEN greatest(l.run_at, l.sealed_at) + v.start_timeout
         WHEN 'open' THEN l.last_progress_at + v.start_timeout
         WHEN 'paused' THEN l.oldest_failure_at + v.retry_window
@@ -106,8 +121,9 @@ JOIN redrive._visible AS v ON v.handler_id = l.handler_id
 LEFT JOIN redrive._unfolded AS u ON u.batch_id = l.batch_id
 LEFT JOIN (
     SELECT c.batch_id,
-        min(c.progress_at) FILTER (WHERE NOT c.alive) AS lost_since,
-        min(c.progress_at) FILTER (WHERE c.alive AND NOT c.in_item) AS stuck_since
+        min(coalesce(c.lease_ends_at, c.progress_at)) FILTER (WHERE NOT c.alive OR c.lease_ends_at IS NOT NULL) AS lost_since,
+        min(c.progress_at) FILTER (WHERE c.alive AND NOT c.in_item) AS stuck_since,
+        min(c.stuck_from) FILTER (WHERE c.alive AND NOT c.in_item) AS stuck_from
     FROM redrive._running_chunks AS c
     GROUP BY c.batch_id
 ) AS w ON w.batch_id = l.batch_id;
@@ -179,10 +195,10 @@ COMMENT ON FUNCTION redrive.stale_batches_at IS
 'The list redrive.stale_batches as it is, or will be if nothing moves, at another time: batches that are stuck, why, since when, and what the next pass does about it.';
 
 -- Count the items that crashed the server, then give back the chunks whose
--- worker is gone.  Called by the supervisor and by
--- the pass rescue_stale; returns how many.  A chunk that fails or whose batch
--- is locked is left for the next call.
-CREATE FUNCTION redrive._orphan_lost() RETURNS bigint
+-- worker is gone, or whose lease has ended as of that time.  Called by the
+-- supervisor and by the pass rescue_stale; returns how many.  A chunk that fails
+-- or whose batch is locked is left for the next call.
+CREATE FUNCTION redrive._orphan_lost(p_as_of timestamptz DEFAULT clock_timestamp()) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     v_chunks bigint[];
@@ -192,7 +208,7 @@ BEGIN
     PERFORM pg_stat_clear_snapshot();
     SELECT array_agg(c.chunk_id ORDER BY c.chunk_id), array_agg(c.lease_token ORDER BY c.chunk_id) INTO v_chunks, v_tokens
     FROM redrive._running_chunks AS c
-    WHERE NOT c.alive;
+    WHERE CASE WHEN c.lease_ends_at IS NULL THEN NOT c.alive ELSE c.lease_ends_at <= p_as_of END;
     RETURN CASE WHEN v_chunks IS NULL THEN 0 ELSE redrive._give_back_lost(v_chunks, v_tokens) END;
 END
 $$;
@@ -207,8 +223,10 @@ DECLARE
 BEGIN
     BEGIN
         FOR i IN 1 .. n LOOP
+            -- an external worker may be settling items, in a transaction of its own
             PERFORM FROM redrive.batches AS b
-            WHERE b.batch_id = (SELECT c.batch_id FROM redrive.chunks AS c WHERE c.chunk_id = p_chunks[i])
+            JOIN redrive.chunks AS c ON c.batch_id = b.batch_id
+            WHERE c.chunk_id = p_chunks[i]
             FOR UPDATE SKIP LOCKED;
             IF FOUND AND redrive._give_back(p_chunks[i], p_tokens[i], true) THEN
                 v_count := v_count + 1;
@@ -251,8 +269,10 @@ BEGIN
             FOR c IN
                 SELECT r.chunk_id, r.lease_token
                 FROM redrive._running_chunks AS r
-                WHERE r.batch_id = p_batch_id AND r.alive AND NOT r.in_item AND r.progress_at + h.stale_after <= p_as_of
+                WHERE r.batch_id = p_batch_id AND r.alive AND NOT r.in_item AND r.stuck_from <= p_as_of
             LOOP
+                PERFORM FROM redrive.chunks AS x WHERE x.chunk_id = c.chunk_id FOR UPDATE SKIP LOCKED;
+                CONTINUE WHEN NOT FOUND;
                 v_count := v_count + redrive._give_back(c.chunk_id, c.lease_token, true)::int;
             END LOOP;
         WHEN 'unsealed' THEN
@@ -270,7 +290,7 @@ BEGIN
             UPDATE redrive.batches
             SET state = 'running', run_no = run_no + 1, attempted_at = NULL, next_retry_at = v_due, last_progress_at = clock_timestamp()
             WHERE batch_id = p_batch_id;
-            PERFORM redrive._wake(h.owner);
+            PERFORM redrive._wake(h.owner), redrive._notify(h.handler_id);
         WHEN 'overdue_retry' THEN
             UPDATE redrive.batches
             SET next_retry_at = (
@@ -397,7 +417,7 @@ $$;
 CREATE FUNCTION redrive._rescue_stale(p_as_of timestamptz, p_deadline timestamptz, OUT acted bigint, OUT more boolean, OUT detail text)
 LANGUAGE plpgsql AS $$
 DECLARE
-    v_lost bigint := redrive._orphan_lost();
+    v_lost bigint := redrive._orphan_lost(p_as_of);
 BEGIN
     SELECT x.acted, x.more, x.detail INTO acted, more, detail
     FROM redrive._act(ARRAY['no_progress', 'unfinished', 'unsealed', 'never_started'], p_as_of, 1000, p_deadline) AS x;

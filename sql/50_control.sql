@@ -38,7 +38,7 @@ BEGIN
     WHERE batch_id = p_batch_id;
     PERFORM redrive._fold(p_batch_id);
     SELECT owner INTO v_owner FROM redrive.handlers WHERE handler_id = b.handler_id;
-    PERFORM redrive._wake(v_owner);
+    PERFORM redrive._wake(v_owner), redrive._notify(b.handler_id);
 END
 $$;
 
@@ -212,7 +212,7 @@ BEGIN
     FOR i IN 0 .. (v_count - 1) / v_size LOOP
         PERFORM redrive._take_up(b, p_item_nos[i * v_size + 1:(i + 1) * v_size], p_now, NULL, NULL);
     END LOOP;
-    PERFORM redrive._wake(h.owner) FROM redrive.handlers AS h WHERE h.handler_id = b.handler_id;
+    PERFORM redrive._wake(h.owner), redrive._notify(h.handler_id) FROM redrive.handlers AS h WHERE h.handler_id = b.handler_id;
 END
 $$;
 

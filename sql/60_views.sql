@@ -151,7 +151,7 @@ SELECT c.part, c.batch_id, c.chunk_id, u.item_no
 FROM redrive.chunks AS c
 JOIN redrive.retry_lists AS l ON l.chunk_id = c.chunk_id
 CROSS JOIN LATERAL unnest(l.item_nos) AS u (item_no)
-WHERE NOT c.folded AND c.kind = 'retry' AND c.state <> 'done' AND u.item_no > c.done_to;
+WHERE NOT c.folded AND c.kind = 'retry' AND c.state <> 'done' AND u.item_no > c.done_to AND (c.settled @> u.item_no) IS NOT TRUE;
 
 CREATE VIEW redrive.item_status WITH (security_barrier) AS
 SELECT b.batch_id, i.item_no,
@@ -164,7 +164,7 @@ SELECT b.batch_id, i.item_no,
         WHEN c.state = 'orphaned' THEN 'pending'
         WHEN b.state = 'cancelled' AND NOT EXISTS (
             SELECT FROM redrive.chunks AS d
-            WHERE d.batch_id = b.batch_id AND d.kind = 'first' AND i.item_no BETWEEN d.from_no AND d.done_to) THEN 'cancelled'
+            WHERE d.batch_id = b.batch_id AND d.kind = 'first' AND (i.item_no BETWEEN d.from_no AND d.done_to OR d.settled @> i.item_no)) THEN 'cancelled'
         ELSE 'succeeded'
     END AS state
 FROM redrive.batches AS b
@@ -177,7 +177,8 @@ JOIN (
 LEFT JOIN redrive.failures AS f ON f.part = b.part AND f.batch_id = b.batch_id AND f.item_no = i.item_no
 LEFT JOIN redrive._retrying AS r ON r.batch_id = b.batch_id AND r.item_no = i.item_no
 LEFT JOIN redrive.chunks AS c
-    ON c.batch_id = b.batch_id AND NOT c.folded AND c.state <> 'done' AND c.kind = 'first' AND i.item_no BETWEEN c.done_to + 1 AND c.to_no;
+    ON c.batch_id = b.batch_id AND NOT c.folded AND c.state <> 'done' AND c.kind = 'first' AND i.item_no BETWEEN c.done_to + 1 AND c.to_no
+    AND (c.settled @> i.item_no) IS NOT TRUE;
 
 CREATE VIEW redrive.queue_stats WITH (security_barrier) AS
 SELECT v.name AS handler,
@@ -205,22 +206,30 @@ LEFT JOIN (
 
 -- The slots that a role may see are those that _slots() returns to it.
 -- A server that did not preload the library has no slots: its foreground
--- workers are known by their chunks.
+-- workers are known by their chunks, as external ones always are.
 CREATE VIEW redrive.workers WITH (security_barrier) AS
 SELECT s.pid, s.kind, v.name AS handler, s.batch_id, s.chunk_id, s.state, s.item_no,
     s.item_started_at, s.open_succeeded, s.open_failed,
     round(s.items_per_second::numeric, CASE WHEN s.items_per_second < 1 THEN 3 WHEN s.items_per_second < 10 THEN 1 ELSE 0 END) AS items_per_second,
-    s.claimed_at, pg_get_userbyid(s.owner) AS role, s.started_at
+    s.claimed_at, pg_get_userbyid(s.owner) AS role, s.started_at, NULL::text AS worker, NULL::timestamptz AS lease_until
 FROM redrive._slots() AS s
 LEFT JOIN redrive._visible AS v ON v.handler_id = s.handler_id
 UNION ALL
 SELECT c.worker_pid, 'foreground', v.name, c.batch_id, c.chunk_id, 'running', NULL,
     NULL, NULL, NULL,
     NULL,
-    c.claimed_at, pg_get_userbyid(v.owner), c.worker_started_at
+    c.claimed_at, pg_get_userbyid(v.owner), c.worker_started_at, NULL, NULL
 FROM redrive.chunks AS c
 JOIN redrive._visible AS v ON v.handler_id = c.handler_id
-WHERE c.state = 'running' AND NOT (SELECT redrive._preloaded());
+WHERE c.state = 'running' AND c.worker_pid IS NOT NULL AND NOT (SELECT redrive._preloaded())
+UNION ALL
+SELECT NULL, 'external', v.name, c.batch_id, c.chunk_id, 'running', NULL,
+    NULL, NULL, NULL,
+    NULL,
+    c.claimed_at, pg_get_userbyid(v.owner), NULL, CASE WHEN v.mine THEN c.worker END, c.lease_until
+FROM redrive.chunks AS c
+JOIN redrive._visible AS v ON v.handler_id = c.handler_id
+WHERE c.state = 'running' AND c.lease_until IS NOT NULL;
 
 -- Everybody may know that the passes run; what they did counts batches of all.
 CREATE VIEW redrive.pass_history WITH (security_barrier) AS

@@ -56,6 +56,8 @@ LANGUAGE sql STABLE AS $$
     SELECT r.fact, r.detail, r.remedy
     FROM redrive.handlers AS h
     LEFT JOIN pg_roles AS o ON o.oid = h.owner::oid
+    -- workers of ours only run the callbacks of an external handler
+    CROSS JOIN LATERAL (SELECT h.kind <> 'external' OR h.on_unlock IS NOT NULL OR h.on_finish IS NOT NULL AS needed) AS w
     CROSS JOIN LATERAL (
         SELECT 'owner gone' AS fact,
             format('The owner of handler "%s", role with oid %s, was dropped.', h.name, h.owner::oid) AS detail,
@@ -65,12 +67,12 @@ LANGUAGE sql STABLE AS $$
         SELECT 'owner cannot log in',
             format('Workers connect as role %s, the owner of handler "%s".', h.owner, h.name),
             format('ALTER ROLE %s LOGIN;', h.owner)
-        WHERE NOT o.rolcanlogin AND current_setting('server_version_num')::int < 170000
+        WHERE w.needed AND NOT o.rolcanlogin AND current_setting('server_version_num')::int < 170000
         UNION ALL
         SELECT 'owner cannot connect',
             format('Role %s, the owner of handler "%s", has no right to connect to database "%s".', h.owner, h.name, current_database()),
             format('GRANT CONNECT ON DATABASE %I TO %s;', current_database(), h.owner)
-        WHERE o.oid IS NOT NULL AND NOT has_database_privilege(o.oid, current_database(), 'CONNECT')
+        WHERE w.needed AND o.oid IS NOT NULL AND NOT has_database_privilege(o.oid, current_database(), 'CONNECT')
         UNION ALL
         SELECT CASE WHEN g.proc IS NULL THEN f.what || ' missing' ELSE f.what || ' not executable' END,
             CASE WHEN g.proc IS NULL THEN format('Function %s of handler "%s" does not exist.', f.signature, h.name)
@@ -101,13 +103,16 @@ LANGUAGE sql STABLE AS $$
     JOIN redrive._running_chunks AS w ON w.chunk_id = c.chunk_id
     LEFT JOIN redrive._slots() AS s ON s.pid = c.worker_pid AND s.chunk_id = c.chunk_id
     CROSS JOIN LATERAL (
-        SELECT format('Pid %s has items %s to %s of this batch', c.worker_pid, c.done_to + 1, c.to_no)
+        SELECT CASE WHEN c.lease_until IS NULL THEN format('Pid %s has', c.worker_pid)
+                 ELSE format('An external worker%s claimed', ' "' || CASE WHEN pg_has_role($1, h.owner::oid, 'USAGE') THEN c.worker END || '"') END
+            || format(' items %s to %s of this batch', c.done_to + 1, c.to_no)
             || CASE WHEN c.kind = 'retry' THEN ', those of them that are tried again' ELSE '' END
             || coalesce(', and is in item ' || s.item_no || ' since ' || redrive._seconds(s.item_started_at), '') AS who,
-            CASE WHEN w.alive THEN pg_blocking_pids(c.worker_pid) ELSE '{}' END AS blocking
+            CASE WHEN w.alive AND c.lease_until IS NULL THEN pg_blocking_pids(c.worker_pid) ELSE '{}' END AS blocking
     ) AS k
     CROSS JOIN LATERAL (
-        SELECT 'worker gone' AS fact, k.who || '; this process is not there any more.' AS detail,
+        SELECT 'worker gone' AS fact,
+            k.who || CASE WHEN c.lease_until IS NULL THEN '; this process is not there any more.' ELSE format('; its lease ended at %s.', redrive._seconds(w.lease_ends_at)) END AS detail,
             'CALL redrive.run_pass(''rescue_stale''); the supervisor does the same within 30 s' AS remedy
         WHERE NOT w.alive
         UNION ALL
@@ -119,12 +124,17 @@ LANGUAGE sql STABLE AS $$
                 || CASE WHEN h.item_timeout IS NULL THEN format('; SELECT redrive.alter_handler(%L, item_timeout => ''1 min''); limits all items', h.name) ELSE '' END
         WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NOT NULL
         UNION ALL
-        SELECT 'worker does nothing', format('%s, but is in none of them and has not committed since %s.', k.who, redrive._seconds(c.progress_at)),
+        SELECT 'worker does nothing',
+            k.who || format(CASE WHEN c.lease_until IS NULL THEN ', but is in none of them and has not committed since %s.'
+                            ELSE ', and renews its lease, but has settled none since %s.' END, redrive._seconds(c.progress_at)),
             'CALL redrive.run_pass(''rescue_stale'');'
-        WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NULL AND c.progress_at + h.stale_after <= clock_timestamp()
+        WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NULL AND w.stuck_from <= clock_timestamp()
         UNION ALL
-        SELECT 'running', format('%s; it committed last at %s.', k.who, redrive._seconds(c.progress_at)), NULL
-        WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NULL AND c.progress_at + h.stale_after > clock_timestamp()
+        SELECT CASE WHEN c.lease_until IS NULL THEN 'running' ELSE 'claimed by an external worker' END,
+            k.who || CASE WHEN c.lease_until IS NULL THEN format('; it committed last at %s.', redrive._seconds(c.progress_at))
+                          ELSE format(' until %s; %s of them are left.', redrive._seconds(c.lease_until), c.items - c.done) END,
+            NULL
+        WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NULL AND w.stuck_from > clock_timestamp()
     ) AS r
     WHERE c.batch_id = $2 AND c.state = 'running'
     ORDER BY c.chunk_id
@@ -172,6 +182,38 @@ LANGUAGE sql STABLE AS $$
     WHERE b.batch_id = $1 AND b.state IN ('ready', 'running', 'retrying')
 $$;
 
+-- Why no application claims what a batch of an external handler has due.
+CREATE FUNCTION redrive._why_not_claimed(p_caller oid, p_batch_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT r.fact, r.detail, r.remedy
+    FROM redrive.batches AS b
+    JOIN redrive.handlers AS h ON h.handler_id = b.handler_id
+    CROSS JOIN LATERAL (
+        SELECT (SELECT count(*) FROM redrive.chunks AS c WHERE c.handler_id = h.handler_id AND c.state = 'running') AS running,
+            (SELECT max(c.claimed_at) FROM redrive.chunks AS c WHERE c.batch_id = b.batch_id) AS claimed_at
+    ) AS k
+    CROSS JOIN LATERAL (
+        SELECT 'max_workers of the handler reached' AS fact,
+            format('%s claims, as many as handler "%s" may have, are not ended.', k.running, h.name) AS detail,
+            format('wait, or SELECT redrive.alter_handler(%L, max_workers => %s);', h.name, h.max_workers + 1) AS remedy
+        WHERE k.running >= h.max_workers
+        UNION ALL
+        -- by whom the row is locked is in its xmax
+        SELECT 'blocked by a lock', 'The batch is being changed by ' || x.detail, x.remedy
+        FROM pg_locks AS l
+        CROSS JOIN LATERAL redrive._blockers($1, ARRAY[coalesce(l.pid, 0)]) AS x
+        WHERE l.locktype = 'transactionid' AND l.transactionid = b.xmax AND l.mode = 'ExclusiveLock' AND l.granted
+          AND l.pid IS DISTINCT FROM pg_backend_pid()
+        UNION ALL
+        SELECT 'not claimed',
+            'No application claims it. '
+                || coalesce('The last claim was made at ' || redrive._seconds(k.claimed_at) || '.', 'Nothing of it was ever claimed.'),
+            format('start a worker that calls redrive.claim(%L)', h.name)
+        WHERE (k.running >= h.max_workers) IS NOT TRUE
+    ) AS r
+    WHERE b.batch_id = $2
+$$;
+
 -- Why nobody takes what a batch has due; no row when nothing is due.
 CREATE FUNCTION redrive._why_not_taken(p_caller oid, p_batch_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE plpgsql STABLE AS $$
@@ -211,6 +253,10 @@ BEGIN
     END IF;
     RETURN QUERY SELECT p.fact, p.detail, p.remedy FROM redrive._handler_problems(h.handler_id) AS p;
     v_blocked := h.paused OR FOUND;
+    IF h.kind = 'external' THEN
+        RETURN QUERY SELECT c.fact, c.detail, c.remedy FROM redrive._why_not_claimed(p_caller, p_batch_id) AS c WHERE NOT v_blocked;
+        RETURN;
+    END IF;
     IF pg_is_in_recovery() THEN
         RETURN QUERY VALUES ('standby', 'This server is a standby, workers run on the primary only.', 'ask the primary');
         RETURN;
@@ -397,7 +443,7 @@ BEGIN
     IF NOT EXISTS (
         SELECT FROM redrive.chunks AS c
         JOIN redrive._running_chunks AS r ON r.chunk_id = c.chunk_id
-        WHERE c.batch_id = p_batch_id AND r.alive AND pg_blocking_pids(c.worker_pid) = '{}') THEN
+        WHERE c.batch_id = p_batch_id AND r.alive AND coalesce(pg_blocking_pids(c.worker_pid), '{}') = '{}') THEN
         RETURN QUERY SELECT w.fact, w.detail, w.remedy FROM redrive._why_not_taken(p_caller, p_batch_id) AS w;
     END IF;
 END

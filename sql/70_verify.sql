@@ -36,15 +36,17 @@ CROSS JOIN LATERAL (
     WHERE y.batch_id = b.batch_id
 ) AS y
 CROSS JOIN LATERAL (
-    -- covered: items in some first chunk; overlap: items in two of them
-    SELECT coalesce(sum(c.to_no - greatest(c.from_no, c.seen_to + 1) + 1) FILTER (WHERE c.kind = 'first' AND c.to_no > c.seen_to), 0) AS covered,
+    -- covered: items in some first chunk that were not cancelled in it; overlap: items in two of them
+    SELECT coalesce(sum(c.to_no - greatest(c.from_no, c.seen_to + 1) + 1) FILTER (WHERE c.kind = 'first' AND c.to_no > c.seen_to), 0)
+            - coalesce(sum(c.to_no - c.done_to - c.settled) FILTER (WHERE c.kind = 'first' AND c.state = 'done'), 0) AS covered,
         coalesce(sum(least(c.to_no, c.seen_to) - c.from_no + 1) FILTER (WHERE c.kind = 'first' AND c.from_no <= least(c.to_no, c.seen_to)), 0) AS overlap,
         coalesce(sum(c.done) FILTER (WHERE c.kind = 'first'), 0) AS done,
-        coalesce(sum(c.done_to - c.from_no + 1) FILTER (WHERE c.kind = 'first'), 0) AS done_to,
+        coalesce(sum(c.done_to - c.from_no + 1 + c.settled) FILTER (WHERE c.kind = 'first'), 0) AS done_to,
         coalesce(sum(c.items - c.done) FILTER (WHERE c.kind = 'retry' AND c.state <> 'done'), 0) AS retrying,
         count(*) AS chunks
     FROM (
         SELECT h.kind, h.state, h.from_no, h.to_no, h.done_to, h.items, h.done,
+            coalesce((SELECT sum(upper(r) - lower(r)) FROM unnest(h.settled) AS r), 0) AS settled,
             coalesce(max(h.to_no) FILTER (WHERE h.kind = 'first') OVER (ORDER BY h.from_no, h.chunk_id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS seen_to
         FROM redrive.chunks AS h
         WHERE h.batch_id = b.batch_id
@@ -89,8 +91,9 @@ CROSS JOIN LATERAL (
             FROM (
                 SELECT b.claimed_to + 1 AS from_no, b.total AS to_no
                 UNION ALL
-                SELECT h.done_to + 1, h.to_no
+                SELECT lower(r), upper(r) - 1
                 FROM redrive.chunks AS h
+                CROSS JOIN LATERAL unnest(int8multirange(int8range(h.done_to, h.to_no, '(]')) - coalesce(h.settled, '{}')) AS r
                 WHERE h.batch_id = b.batch_id AND NOT h.folded AND h.kind = 'first' AND h.state <> 'done'
             ) AS g
             JOIN redrive.item_blocks AS x

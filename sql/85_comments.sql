@@ -24,6 +24,7 @@ COMMENT ON COLUMN redrive.handlers.on_unlock IS 'Function called with the key of
 COMMENT ON COLUMN redrive.handlers.on_finish IS 'Function called with the number of a batch and of its run when the run ends';
 COMMENT ON COLUMN redrive.handlers.paused IS 'No more work is claimed, see resume_handler()';
 COMMENT ON COLUMN redrive.handlers.created_at IS 'When it was created';
+COMMENT ON COLUMN redrive.handlers.notify IS 'Send NOTIFY redrive_<name> when there is something to claim; only for kind external';
 
 COMMENT ON TABLE redrive.rotation IS 'One row: where the items and failures of new batches are stored. Changed by the pass purge and set_retention()';
 COMMENT ON COLUMN redrive.rotation.part IS 'Partition that new batches use';
@@ -93,7 +94,7 @@ COMMENT ON COLUMN redrive.chunks.cancelled IS 'Items that were cancelled before 
 COMMENT ON COLUMN redrive.chunks.waiting IS 'Change to the waiting items of the batch; a retry chunk starts below zero';
 COMMENT ON COLUMN redrive.chunks.folded IS 'Its counters were added to those of the batch';
 COMMENT ON COLUMN redrive.chunks.lease_token IS 'Proof of the claim; changes when another worker takes over';
-COMMENT ON COLUMN redrive.chunks.worker_pid IS 'Process that has the claim';
+COMMENT ON COLUMN redrive.chunks.worker_pid IS 'Process that has the claim; NULL for an external worker';
 COMMENT ON COLUMN redrive.chunks.worker_started_at IS 'When that process started: pids are used again';
 COMMENT ON COLUMN redrive.chunks.rescue_count IS 'How often its worker was lost';
 COMMENT ON COLUMN redrive.chunks.excused IS 'How many of these losses are explained: an item that is counted in crashes, or another process, crashed the server';
@@ -101,6 +102,10 @@ COMMENT ON COLUMN redrive.chunks.claim_done IS 'done when it was claimed last';
 COMMENT ON COLUMN redrive.chunks.claimed_at IS 'When the worker got it';
 COMMENT ON COLUMN redrive.chunks.progress_at IS 'Last commit of its worker';
 COMMENT ON COLUMN redrive.chunks.finished_at IS 'When all of it was done';
+COMMENT ON COLUMN redrive.chunks.worker IS 'Name that its external worker gave itself';
+COMMENT ON COLUMN redrive.chunks.lease IS 'How long an external worker has it, unless the lease is renewed';
+COMMENT ON COLUMN redrive.chunks.lease_until IS 'When the lease of its external worker ends; NULL = no such worker has it';
+COMMENT ON COLUMN redrive.chunks.settled IS 'Items behind done_to that are done too; only external workers do them out of their order';
 
 COMMENT ON TABLE redrive.retry_lists IS 'Items of the retry chunks that are not done';
 COMMENT ON COLUMN redrive.retry_lists.chunk_id IS 'Chunk';
@@ -324,9 +329,9 @@ COMMENT ON COLUMN redrive.queue_stats.oldest_ready_age IS 'How long the oldest b
 COMMENT ON COLUMN redrive.queue_stats.max_workers IS 'Limit of the handler; NULL = none';
 COMMENT ON COLUMN redrive.queue_stats.paused IS 'The handler is paused, see resume_handler()';
 
-COMMENT ON VIEW redrive.workers IS 'Processes that work for pg_redrive, live';
-COMMENT ON COLUMN redrive.workers.pid IS 'Process, as in pg_stat_activity';
-COMMENT ON COLUMN redrive.workers.kind IS 'executor, or foreground = CALL redrive.work()';
+COMMENT ON VIEW redrive.workers IS 'Processes that work for pg_redrive, live, and the claims of external workers';
+COMMENT ON COLUMN redrive.workers.pid IS 'Process, as in pg_stat_activity; NULL for an external worker';
+COMMENT ON COLUMN redrive.workers.kind IS 'executor, foreground = CALL redrive.work(), or external = a claim of an application';
 COMMENT ON COLUMN redrive.workers.handler IS 'Name of the handler';
 COMMENT ON COLUMN redrive.workers.batch_id IS 'Number of the batch';
 COMMENT ON COLUMN redrive.workers.chunk_id IS 'Claim it works on';
@@ -339,6 +344,8 @@ COMMENT ON COLUMN redrive.workers.items_per_second IS 'Rate in this claim';
 COMMENT ON COLUMN redrive.workers.claimed_at IS 'Since when it has the claim';
 COMMENT ON COLUMN redrive.workers.role IS 'Role it runs as';
 COMMENT ON COLUMN redrive.workers.started_at IS 'When the process started';
+COMMENT ON COLUMN redrive.workers.worker IS 'Name that an external worker gave itself';
+COMMENT ON COLUMN redrive.workers.lease_until IS 'When the lease of an external worker ends, unless it is renewed';
 
 COMMENT ON VIEW redrive.pass_history IS 'What the passes did, as far back as the retention reaches';
 COMMENT ON COLUMN redrive.pass_history.pass IS 'rescue_stale, retry_failed, push_tasks or purge';
@@ -364,6 +371,7 @@ COMMENT ON VIEW redrive._batches IS 'Batches with their counters as committed, c
 COMMENT ON VIEW redrive._running_chunks IS 'Claims with the life signs of their workers';
 COMMENT ON VIEW redrive._stale IS 'Reasons a batch may be stale for and the times from which they hold; read through stale_batches_at()';
 COMMENT ON VIEW redrive._unfolded IS 'What chunks that are not folded add to the counters of their batch';
+COMMENT ON VIEW redrive._up IS 'Since when this server takes writes';
 COMMENT ON VIEW redrive._verify IS 'Checks behind verify()';
 COMMENT ON VIEW redrive._visible IS 'Handlers whose rows the current user may see';
 
@@ -382,7 +390,8 @@ COMMENT ON FUNCTION redrive._alter_handler IS 'Body of alter_handler()';
 COMMENT ON FUNCTION redrive._bad_policy IS 'Raise the error for a violated check of handlers';
 COMMENT ON FUNCTION redrive._cancel IS 'Cancel a live batch whose row is locked';
 COMMENT ON FUNCTION redrive._cancel_batch IS 'Body of cancel_batch()';
-COMMENT ON FUNCTION redrive._candidates IS 'Best candidate of each handler and kind of work';
+COMMENT ON FUNCTION redrive._candidates IS 'Best candidate of each handler and kind of work, for workers of the server';
+COMMENT ON FUNCTION redrive._check_lease IS 'Raise an error unless this can be a lease';
 COMMENT ON FUNCTION redrive._check_cron IS 'Raise an error when pg_cron cannot be used from this database';
 COMMENT ON FUNCTION redrive._check_member IS 'Raise an error unless a role has the rights of an owner';
 COMMENT ON FUNCTION redrive._chunk_size IS 'How many items a chunk gets';
@@ -390,6 +399,8 @@ COMMENT ON FUNCTION redrive._crumbs IS 'What was executed in this database when 
 COMMENT ON FUNCTION redrive._suspect IS 'Have items run alone: one of them may have crashed the server';
 COMMENT ON FUNCTION redrive._blame IS 'Count the items and callbacks that crashed the server';
 COMMENT ON FUNCTION redrive._claim IS 'Take one chunk for a worker';
+COMMENT ON FUNCTION redrive._claim_external IS 'One attempt of an external worker to claim';
+COMMENT ON FUNCTION redrive._claim_of IS 'The chunk that an external worker has claimed; raise an error unless it has';
 COMMENT ON FUNCTION redrive._carve IS 'Carve the next range of items off a locked batch, as a chunk';
 COMMENT ON FUNCTION redrive._classify(text, text, text, text) IS 'Rule that decides about an error';
 COMMENT ON FUNCTION redrive._classify(oid, text, text, text, text) IS 'Implementation of classify()';
@@ -414,7 +425,7 @@ COMMENT ON COLUMN redrive._retrying.item_no IS 'Number of the item in its batch'
 COMMENT ON FUNCTION redrive._items IS 'Items of a range, reading only the blocks they are in';
 COMMENT ON FUNCTION redrive._lock_batch IS 'Lock a batch that the caller may use';
 COMMENT ON FUNCTION redrive._next_due IS 'When the next work becomes due';
-COMMENT ON FUNCTION redrive._orphan_lost IS 'Give back the claims of all workers that are gone';
+COMMENT ON FUNCTION redrive._orphan_lost IS 'Give back the claims of all workers that are gone, or whose lease has ended';
 COMMENT ON FUNCTION redrive._part_bytes IS 'Size of the partitions of a part';
 COMMENT ON FUNCTION redrive._part_state IS 'Whether a part is empty, old or to be kept';
 COMMENT ON FUNCTION redrive._lock_pass IS 'Lock a pass, out of reach of pg_advisory_lock()';
@@ -462,6 +473,21 @@ COMMENT ON FUNCTION redrive._canary IS 'How many canary items of a batch succeed
 COMMENT ON FUNCTION redrive._judge_canary IS 'Let the held items of a redrive follow its canary, or not';
 COMMENT ON FUNCTION redrive._run_again IS 'Take failed items of a batch up again';
 COMMENT ON FUNCTION redrive._wake_supervisor IS 'Let the supervisor see at commit when the next work is due';
+COMMENT ON FUNCTION redrive._wake_supervisor_by IS 'The same if it would sleep longer than to this time';
+COMMENT ON FUNCTION redrive._why_not_claimed IS 'Why no application claims what a batch of an external handler has due';
+COMMENT ON FUNCTION redrive._work IS 'Best candidate of each kind of work of a handler';
+COMMENT ON FUNCTION redrive._heartbeat IS 'Body of heartbeat()';
+COMMENT ON FUNCTION redrive._lock_soon IS 'Wait a moment for the lock of a batch that others claim of';
+COMMENT ON FUNCTION redrive._next_lease IS 'When the next lease of an external worker ends';
+COMMENT ON FUNCTION redrive._notify IS 'Tell listeners of a handler at commit that there is something to claim';
+COMMENT ON FUNCTION redrive._open_items IS 'Items of an external claim that are not settled';
+COMMENT ON FUNCTION redrive._open_ranges IS 'Numbers of a chunk that are not done';
+COMMENT ON FUNCTION redrive._quarantine IS 'Fail an item that was lost with its external worker too often';
+COMMENT ON FUNCTION redrive._refuse_claim IS 'Raise the error for a claim that is not the caller''s';
+COMMENT ON FUNCTION redrive._release IS 'Body of release()';
+COMMENT ON FUNCTION redrive._split IS 'Split an orphaned chunk that is too much for an external worker';
+COMMENT ON FUNCTION redrive._take_work IS 'Take some work of a handler for an external worker';
+COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an external worker settled';
 
 COMMENT ON VIEW redrive._ended IS 'Chunks that have ended, with their counts';
 COMMENT ON FUNCTION redrive._report_table IS 'The rows of a query as a table of the report';

@@ -72,4 +72,7 @@
 	ExecInsertIndexTuples((result), (slot), (estate), false, false, NULL, NIL)
 #endif
 
+/* from libpq/libpq.h, which cannot be included without the headers of GSSAPI */
+extern bool pq_check_connection(void);
+
 #endif							/* REDRIVE_COMPAT_H */

@@ -58,6 +58,8 @@ startup_shmem(void)
 		memset(redrive_shared, 0, shared_size());
 		redrive_shared->lock = &(GetNamedLWLockTranche("pg_redrive"))->lock;
 		ConditionVariableInit(&redrive_shared->batch_ended);
+		for (int i = 0; i < REDRIVE_CLAIMER_GROUPS; i++)
+			ConditionVariableInit(&redrive_shared->claimers[i]);
 		redrive_judge_crumbs();
 	}
 	LWLockRelease(AddinShmemInitLock);

@@ -15,6 +15,9 @@
 
 #define REDRIVE_MAX_SLOTS 256
 
+/* Those who wait for something to claim, by database and owner. */
+#define REDRIVE_CLAIMER_GROUPS 32
+
 typedef enum SlotState
 {
 	SLOT_FREE,					/* -> STARTING, or CLAIMING in the foreground */
@@ -79,6 +82,9 @@ typedef struct RedriveDatabase
 								 * database to itself, 0 = none */
 	TimestampTz retry_at;		/* not before this time, after an error */
 	int			errors;			/* supervisors in a row that ended in one */
+	TimestampTz wakes_at;		/* the supervisor sleeps until then; the end
+								 * of time while it does not sleep */
+	bool		fold_wanted;	/* an external worker ended a chunk */
 	TimestampTz no_process_since;	/* a worker was wanted and there was no
 									 * process for it; 0 = there was */
 	RedriveHeldBack held_back[REDRIVE_MAX_HELD_BACK];	/* written by its
@@ -91,6 +97,7 @@ typedef struct RedriveShared
 	pid_t		launcher_pid;
 	Latch	   *launcher_latch;
 	ConditionVariable batch_ended;	/* for redrive.wait() */
+	ConditionVariable claimers[REDRIVE_CLAIMER_GROUPS]; /* for claim() with wait */
 	RedriveSlot slots[REDRIVE_MAX_SLOTS];
 	RedriveDatabase databases[FLEXIBLE_ARRAY_MEMBER];	/* max_databases of them */
 } RedriveShared;

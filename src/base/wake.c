@@ -12,8 +12,10 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "common/hashfn.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "utils/timestamp.h"
 
 #include "base/shmem.h"
 #include "base/wake.h"
@@ -30,21 +32,26 @@ static bool created = false;
 static bool pusher = false;		/* something is to be pushed */
 static bool supervisor = false; /* something becomes due that it has to wait
 								 * for */
+static TimestampTz supervisor_by = DT_NOEND;	/* the same, at a time */
+static bool fold = false;		/* a chunk ended and nobody folds it */
+static uint32 claimers = 0;		/* bits: groups of those who wait to claim */
 
 PG_FUNCTION_INFO_V1(redrive__wake);
 PG_FUNCTION_INFO_V1(redrive__wake_pusher);
 PG_FUNCTION_INFO_V1(redrive__wake_supervisor);
+PG_FUNCTION_INFO_V1(redrive__wake_supervisor_by);
 PG_FUNCTION_INFO_V1(redrive__created);
 PG_FUNCTION_INFO_V1(redrive__preloaded);
 
+/* Wake the supervisor of this database if it would sleep longer than until "by". */
 static void
-wake_supervisor(void)
+wake_supervisor(TimestampTz by)
 {
 	RedriveDatabase *database;
 
 	LWLockAcquire(redrive_shared->lock, LW_SHARED);
 	database = redrive_find_database(MyDatabaseId);
-	if (database != NULL && database->latch != NULL)
+	if (database != NULL && database->latch != NULL && database->wakes_at > by)
 		SetLatch(database->latch);
 	LWLockRelease(redrive_shared->lock);
 }
@@ -64,6 +71,48 @@ wake_pusher(void)
 	LWLockRelease(redrive_shared->lock);
 }
 
+/*
+ * Have the supervisor fold what has ended.  It leaves the wish standing for a
+ * moment after it did, so that many of them wake it once.
+ */
+static void
+want_fold(void)
+{
+	RedriveDatabase *database;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	database = redrive_find_database(MyDatabaseId);
+	if (database != NULL && !database->fold_wanted)
+	{
+		database->fold_wanted = true;
+		if (database->latch != NULL)
+			SetLatch(database->latch);
+	}
+	LWLockRelease(redrive_shared->lock);
+}
+
+/* Who waits to claim is grouped by this. */
+static int
+claimer_group(Oid owner)
+{
+	return hash_combine(murmurhash32(MyDatabaseId), murmurhash32(owner)) % REDRIVE_CLAIMER_GROUPS;
+}
+
+/* What those sleep on who wait for something of this owner to claim. */
+ConditionVariable *
+redrive_claimers(Oid owner)
+{
+	return &redrive_shared->claimers[claimer_group(owner)];
+}
+
+static void
+wake_claimers(uint32 groups)
+{
+	for (int i = 0; i < REDRIVE_CLAIMER_GROUPS; i++)
+		if (groups & ((uint32) 1 << i))
+			ConditionVariableBroadcast(&redrive_shared->claimers[i]);
+}
+
 static void
 at_xact_end(XactEvent event, void *arg)
 {
@@ -74,10 +123,15 @@ at_xact_end(XactEvent event, void *arg)
 		else
 			for (int i = 0; i < n_owners; i++)
 				redrive_wake_now(owners[i], several, hints[i]);
+		wake_claimers(claimers);
 		if (supervisor)
-			wake_supervisor();
+			wake_supervisor(DT_NOBEGIN);
+		else if (supervisor_by != DT_NOEND)
+			wake_supervisor(supervisor_by);
 		if (pusher)
 			wake_pusher();
+		if (fold)
+			want_fold();
 		if (batch_ended)
 			ConditionVariableBroadcast(&redrive_shared->batch_ended);
 		if (created)
@@ -91,6 +145,9 @@ at_xact_end(XactEvent event, void *arg)
 		created = false;
 		supervisor = false;
 		pusher = false;
+		supervisor_by = DT_NOEND;
+		fold = false;
+		claimers = 0;
 	}
 }
 
@@ -103,7 +160,8 @@ register_callback(void)
 }
 
 /*
- * Wake a worker of this owner in this database when the transaction commits.
+ * Wake a worker of this owner in this database when the transaction commits, and
+ * all who wait to claim something of his.
  *
  * batch_id, if not 0, is a batch that will be ready then: a hint that spares
  * the worker the search.
@@ -113,7 +171,7 @@ redrive_wake_at_commit(Oid owner, int64 batch_id)
 {
 	if (redrive_shared == NULL)
 		return;
-	register_callback();
+	redrive_wake_claimers_at_commit(owner);
 	for (int i = 0; i < Min(n_owners, MAX_OWNERS); i++)
 		if (owners[i] == owner)
 		{
@@ -161,7 +219,7 @@ redrive_wake_now(Oid owner, bool all, int64 batch_id)
 	}
 	LWLockRelease(redrive_shared->lock);
 	if (all || !woken)
-		wake_supervisor();
+		wake_supervisor(DT_NOBEGIN);
 }
 
 /* Let the supervisor see when the next work is due, after the commit. */
@@ -172,6 +230,36 @@ redrive_wake_supervisor_at_commit(void)
 		return;
 	register_callback();
 	supervisor = true;
+}
+
+/* The same if it would sleep longer than to this time. */
+void
+redrive_wake_supervisor_by(TimestampTz at)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	supervisor_by = Min(supervisor_by, at);
+}
+
+/* Have the chunks that ended folded after the commit. */
+void
+redrive_fold_at_commit(void)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	fold = true;
+}
+
+/* Wake all who wait to claim something of this owner when the transaction commits. */
+void
+redrive_wake_claimers_at_commit(Oid owner)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	claimers |= (uint32) 1 << claimer_group(owner);
 }
 
 /* Tell those who wait() when the transaction commits. */
@@ -228,6 +316,14 @@ Datum
 redrive__wake_supervisor(PG_FUNCTION_ARGS)
 {
 	redrive_wake_supervisor_at_commit();
+	PG_RETURN_VOID();
+}
+
+/* SQL: _wake_supervisor_by(at) */
+Datum
+redrive__wake_supervisor_by(PG_FUNCTION_ARGS)
+{
+	redrive_wake_supervisor_by(PG_GETARG_TIMESTAMPTZ(0));
 	PG_RETURN_VOID();
 }
 

@@ -55,7 +55,7 @@ static RedriveSql claim_hinted = {
 	"  SELECT s.batch_id, s.part, s.run_no, s.total, h.*"
 	"  FROM redrive.batches AS s JOIN redrive.handlers AS h ON h.handler_id = s.handler_id"
 	"  WHERE s.batch_id = $4 AND s.claimable AND s.claimed_to = 0 AND s.total <= $5 AND s.serve_after <= $6"
-	"  AND h.owner = $1 AND NOT h.paused AND h.max_workers IS NULL"
+	"  AND h.owner = $1 AND h.kind <> 'external' AND NOT h.paused AND h.max_workers IS NULL"
 	"  FOR UPDATE OF s SKIP LOCKED),"
 	" u AS (UPDATE redrive.batches AS s"
 	"  SET state = 'running', claimed_to = s.total, serve_after = $6, last_progress_at = $6, started_at = coalesce(s.started_at, $6)"
@@ -78,6 +78,11 @@ static RedriveSql give_back = {
 
 static RedriveSql rescue = {
 	"SELECT redrive._orphan_lost(), redrive._fold_ended()",
+	0, {0}
+};
+
+static RedriveSql fold_ended = {
+	"SELECT redrive._fold_ended() AS batches",
 	0, {0}
 };
 
@@ -248,4 +253,14 @@ redrive_rescue(void)
 	(void) redrive_sql(&rescue, NULL, NULL);
 	redrive_commit_durably();
 	redrive_forget_crumbs(MyDatabaseId);
+}
+
+/* Fold what nobody folds, as external workers end it, and commit. */
+void
+redrive_fold_ended(void)
+{
+	redrive_sql_one_row(&fold_ended, NULL, NULL);
+	if (redrive_int64(0, "batches") > 0)
+		redrive_batch_ended_at_commit();
+	redrive_commit_lazily();
 }

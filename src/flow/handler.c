@@ -34,7 +34,8 @@
 #include "flow/handler.h"
 #include "flow/set.h"
 
-#define CREATE_HANDLER_ARGS 17
+/* of create_handler: on_unlock and on_finish, then notify */
+#define CALLBACK_ARGS 15
 
 static const char *const signature_names[] = {"payload", "key_payload", "item", "items"};
 
@@ -369,11 +370,12 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 	const int	first = 2;		/* caller and signature come before */
 	const int	function_arg = 1,
 				kind_arg = 2,
-				unlock_arg = CREATE_HANDLER_ARGS - 2,
-				finish_arg = CREATE_HANDLER_ARGS - 1;
+				unlock_arg = CALLBACK_ARGS,
+				finish_arg = CALLBACK_ARGS + 1;
 	Oid		   *declared;
 	int			nargs;
 	bool		set = false;
+	bool		external = false;
 
 	(void) get_func_signature(fcinfo->flinfo->fn_oid, &declared, &nargs);
 	for (int i = 0; i < nargs; i++)
@@ -394,19 +396,21 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 		Datum		kind = OidFunctionCall1(F_ENUM_OUT, PG_GETARG_DATUM(kind_arg));
 
 		set = strcmp(DatumGetCString(kind), "set") == 0;
-		if (strcmp(DatumGetCString(kind), "row") != 0 && !set)
+		external = strcmp(DatumGetCString(kind), "external") == 0;
+		if (external && !PG_ARGISNULL(function_arg))
 			ereport(ERROR,
-					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-					 errmsg("handlers of kind \"%s\" are not supported by this version", DatumGetCString(kind)),
-					 errhint("Use kind \"row\" or \"set\".")));
-		if (PG_ARGISNULL(function_arg))
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("a handler of kind \"external\" has no function"),
+					 errhint("Its items are claimed by applications with redrive.claim().")));
+		if (PG_ARGISNULL(function_arg) && !external)
 			ereport(ERROR,
 					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 					 errmsg("function must not be null for a handler of kind \"%s\"", DatumGetCString(kind)),
 					 set ? errhint("Name a function of (items redrive.item[]).") :
 					 errhint("Name a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item).")));
 	}
-	if (create)
+	/* workers of ours only run the callbacks of an external handler */
+	if (create && !(external && PG_ARGISNULL(unlock_arg) && PG_ARGISNULL(finish_arg)))
 		redrive_check_owner_can_login("a handler");
 
 	if (!PG_ARGISNULL(function_arg))

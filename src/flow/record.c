@@ -84,8 +84,8 @@ text_or_null(const char *string, bool *isnull)
  * Store n failures.  Those of a retry chunk are new rows too: the old ones went
  * to the log when the chunk was made.
  */
-static void
-store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
+void
+redrive_store_failures(RedriveChunk *chunk, int n, RedriveFailure **failures)
 {
 	Datum	   *all = palloc0((Size) n * F_COLUMNS * sizeof(Datum));
 	bool	   *all_nulls = palloc0((Size) n * F_COLUMNS * sizeof(bool));
@@ -187,6 +187,24 @@ unlock(RedriveChunk *chunk, int n, RedriveItem **items)
 }
 
 /*
+ * Say in the batch that items wait: until when the first of them, 0 = for the
+ * pass, and since when the oldest.
+ */
+void
+redrive_note_waiting(int64 batch_id, TimestampTz next_retry_at, TimestampTz oldest)
+{
+	Datum		values[3];
+	char		nulls[] = "   ";
+
+	values[0] = Int64GetDatum(batch_id);
+	values[1] = TimestampTzGetDatum(next_retry_at);
+	nulls[1] = next_retry_at == 0 ? 'n' : ' ';
+	values[2] = TimestampTzGetDatum(oldest);
+	if (redrive_sql(&note_waiting, values, nulls) > 0)
+		redrive_wake_supervisor_at_commit();
+}
+
+/*
  * Record a commit interval; the caller commits.
  *
  * ends_chunk: nothing is left of the chunk.  Returns whether the batch is
@@ -207,7 +225,6 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 	TimestampTz next_retry_at = 0;
 	TimestampTz oldest = 0;
 	Datum		values[9];
-	char		nulls[] = "         ";
 
 	for (int i = interval->first; i < interval->end; i++)
 	{
@@ -238,18 +255,11 @@ redrive_record(RedriveChunk *chunk, RedriveInterval *interval, bool ends_chunk)
 	}
 
 	if (n_failures > 0)
-		store_failures(chunk, n_failures, failures);
+		redrive_store_failures(chunk, n_failures, failures);
 	if (n_keys > 0)
 		unlock(chunk, n_keys, keyed);
 	if (waiting > 0)
-	{
-		values[0] = Int64GetDatum(chunk->batch_id);
-		values[1] = TimestampTzGetDatum(next_retry_at);
-		nulls[1] = next_retry_at == 0 ? 'n' : ' ';
-		values[2] = TimestampTzGetDatum(oldest);
-		if (redrive_sql(&note_waiting, values, nulls) > 0)
-			redrive_wake_supervisor_at_commit();
-	}
+		redrive_note_waiting(chunk->batch_id, next_retry_at, oldest);
 	if (interval->pause_reason != NULL)
 	{
 		values[0] = Int64GetDatum(chunk->batch_id);

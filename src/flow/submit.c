@@ -46,13 +46,15 @@ typedef struct Submission
 	/* found out */
 	int32		handler_id;
 	Oid			owner;
+	bool		external;		/* no worker of ours will run it */
+	bool		notify;
 	int16		part;
 	int64		batch_id;
 } Submission;
 
 /* Locked as the foreign key does it, but before anything depends on it. */
 static RedriveSql find_handler = {
-	"SELECT h.handler_id, h.owner::oid AS owner, h.kind::text AS kind, r.part"
+	"SELECT h.handler_id, h.owner::oid AS owner, h.kind = 'external' AS external, h.notify, r.part"
 	" FROM redrive.handlers AS h CROSS JOIN redrive.rotation AS r WHERE h.name = $1 FOR KEY SHARE OF h",
 	1, {TEXTOID}
 };
@@ -87,13 +89,18 @@ static RedriveSql set_total = {
 	4, {INT8OID, INT8OID, BOOLOID, BOOLOID}
 };
 
+static RedriveSql notify = {
+	"SELECT redrive._notify($1)",
+	1, {INT4OID}
+};
+
 /* Say once per session that nobody will run what is submitted. */
 static void
-notice_not_preloaded(void)
+notice_not_preloaded(Submission *submission)
 {
 	static bool said = false;
 
-	if (redrive_shared == NULL && !said)
+	if (redrive_shared == NULL && !submission->external && !said)
 	{
 		said = true;
 		ereport(NOTICE,
@@ -137,6 +144,8 @@ resolve_handler(Submission *submission)
 	submission->handler_id = DatumGetInt32(redrive_column(0, "handler_id", &isnull));
 	submission->owner = DatumGetObjectId(redrive_column(0, "owner", &isnull));
 	submission->part = DatumGetInt16(redrive_column(0, "part", &isnull));
+	submission->external = redrive_bool(0, "external");
+	submission->notify = redrive_bool(0, "notify");
 	check_member(submission->owner, psprintf("handler \"%s\"", name));
 	if (!submission->run_at_isnull && TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(submission->run_at)))
 		ereport(ERROR,
@@ -232,7 +241,16 @@ deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
 static void
 wake(Submission *submission)
 {
-	if (submission->run_at_isnull)
+	if (submission->external)
+	{
+		Datum		values[1] = {Int32GetDatum(submission->handler_id)};
+
+		/* those who wait look when it is due, too */
+		redrive_wake_claimers_at_commit(submission->owner);
+		if (submission->notify && submission->run_at_isnull)
+			(void) redrive_sql(&notify, values, NULL);
+	}
+	else if (submission->run_at_isnull)
 		redrive_wake_at_commit(submission->owner, submission->batch_id);
 	else
 		redrive_wake_supervisor_at_commit();
@@ -259,7 +277,7 @@ submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *
 		wake(submission);
 	}
 	redrive_disconnect();
-	notice_not_preloaded();
+	notice_not_preloaded(submission);
 	return submission->batch_id;
 }
 
@@ -470,6 +488,6 @@ redrive_submit_query(PG_FUNCTION_ARGS)
 		wake(&submission);
 	}
 	redrive_disconnect();
-	notice_not_preloaded();
+	notice_not_preloaded(&submission);
 	PG_RETURN_INT64(submission.batch_id);
 }

@@ -35,6 +35,7 @@
 #include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/claim.h"
+#include "proc/external.h"
 #include "proc/pusher.h"
 #include "proc/supervisor.h"
 
@@ -443,6 +444,8 @@ redrive_supervisor_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 		}
 		ResetLatch(MyLatch);
+		if (redrive_external_begin(own_entry))
+			must_rescue = true;
 		if (reap_executors())
 			must_rescue = true;
 
@@ -466,7 +469,9 @@ redrive_supervisor_main(Datum arg)
 			if (pusher_ms > 0)
 				sleep_ms = Min(sleep_ms, pusher_ms);
 		}
+		redrive_external_look(own_entry);
 		redrive_worker_end();
+		sleep_ms = redrive_external_end(own_entry, sleep_ms);
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
 	}

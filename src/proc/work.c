@@ -36,7 +36,7 @@ PG_FUNCTION_INFO_V1(redrive_work);
 PG_FUNCTION_INFO_V1(redrive_wait);
 
 static RedriveSql batch_state = {
-	"SELECT b.state, b.state::text AS name, h.owner::oid AS owner"
+	"SELECT b.state, b.state::text AS name, h.owner::oid AS owner, h.kind = 'external' AS external"
 	" FROM redrive.batches AS b JOIN redrive.handlers AS h ON h.handler_id = b.handler_id WHERE b.batch_id = $1",
 	1, {INT8OID}
 };
@@ -176,7 +176,7 @@ redrive_wait(PG_FUNCTION_ARGS)
 			if (sleep_ms <= 0)
 				break;
 		}
-		if (redrive_shared == NULL || redrive_max_workers == 0)
+		if (!redrive_bool(0, "external") && (redrive_shared == NULL || redrive_max_workers == 0))
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("no workers can run batch %lld", (long long) batch_id),
@@ -185,7 +185,13 @@ redrive_wait(PG_FUNCTION_ARGS)
 					 errdetail("redrive.max_workers is 0."),
 					 errhint("Change that, or run the work with CALL redrive.work().")));
 		redrive_commit();
-		(void) ConditionVariableTimedSleep(&redrive_shared->batch_ended, sleep_ms, wait_event);
+		if (redrive_shared != NULL)
+			(void) ConditionVariableTimedSleep(&redrive_shared->batch_ended, sleep_ms, wait_event);
+		else
+		{
+			(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, Min(sleep_ms, WORK_NAP_MS), wait_event);
+			ResetLatch(MyLatch);
+		}
 	}
 	ConditionVariableCancelSleep();
 	redrive_disconnect();

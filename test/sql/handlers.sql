@@ -89,7 +89,7 @@ SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_unlock => 'f_p
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_finish => 'nothing')$$);
 -- Kinds that do not fit the function, or are not there yet.
 SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', 'set')$$);
-SELECT fails($$SELECT redrive.create_handler('h', kind => 'external')$$);
+SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', kind => 'external')$$);
 -- Names.
 SELECT fails($$SELECT redrive.create_handler('payload', 'f_payload')$$);
 SELECT fails($$SELECT redrive.create_handler(NULL, 'f_payload')$$);

@@ -159,7 +159,7 @@ SELECT fails($$SELECT redrive.set_retention('1 day')$$);
 SELECT fails($$UPDATE redrive.batches SET failed = 0$$);
 SELECT fails($$INSERT INTO redrive.classification_rules (error_class, action) VALUES ('mine', 'ignore')$$);
 SELECT fails($$SELECT redrive._cancel_batch(10, 1)$$);
-SELECT fails($$SELECT redrive._create_handler(10, NULL, 'h', 'f', 'row', 1, NULL, 1, '1 s', '1 s', '1 s', '1 s', NULL, 'item', '1 s', NULL, NULL, NULL, NULL)$$);
+SELECT fails($$SELECT redrive._create_handler(10, NULL, 'h', 'f', 'row', 1, NULL, 1, '1 s', '1 s', '1 s', '1 s', NULL, 'item', '1 s', NULL, NULL, NULL, NULL, false)$$);
 SELECT fails($$SELECT redrive._fold(1)$$);
 SELECT fails($$SELECT redrive._wake(10)$$);
 SELECT fails($$SELECT redrive.grant_user('regress_views_b')$$);

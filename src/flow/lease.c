@@ -1,0 +1,249 @@
+/*-------------------------------------------------------------------------
+ *
+ * lease.c
+ *	  Claims of external workers, and the wait for something to claim.
+ *
+ * A claim is part of the caller's transaction and seen by others when that
+ * commits.  Whoever waits sleeps in a statement of the caller, with the
+ * snapshot of it; each look has a new one.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "storage/latch.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/compat.h"
+#include "base/shmem.h"
+#include "base/spi_call.h"
+#include "base/wake.h"
+#include "base/xact.h"
+#include "flow/fetch.h"
+
+/* Nobody waits longer: his snapshot keeps vacuum from its work. */
+#define MAX_WAIT_MS 60000
+
+/* A lock on what there is may go without a word. */
+#define BUSY_MS 50
+
+/* How often we look when nobody can tell us. */
+#define LOOK_MS 200
+
+PG_FUNCTION_INFO_V1(redrive_claim_external);
+
+static RedriveSql claim = {
+	"SELECT * FROM redrive._claim_external($1, $2, $3, $4, $5)",
+	5, {OIDOID, TEXTOID, INT4OID, INTERVALOID, TEXTOID}
+};
+
+static RedriveSql next_due = {
+	"SELECT (extract(epoch FROM redrive._next_due($1) - $1) * 1000)::bigint AS ms",
+	1, {TIMESTAMPTZOID}
+};
+
+/* What a claim found. */
+typedef struct Claim
+{
+	RedriveChunk chunk;
+	TimestampTz lease_until;
+	Datum	   *settled;		/* items that are done already, in order */
+	int			n_settled;
+} Claim;
+
+/* Read the argument wait in milliseconds, at most MAX_WAIT_MS. */
+static int64
+wait_argument(FunctionCallInfo fcinfo, int arg)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Interval	longest = {.time = MAX_WAIT_MS * INT64CONST(1000)};
+	Interval	none = {0};
+
+	if (PG_ARGISNULL(arg))
+		return 0;
+	if (DatumGetBool(DirectFunctionCall2(interval_lt, PG_GETARG_DATUM(arg), IntervalPGetDatum(&none))))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("wait must not be negative"),
+				 errhint("Leave it out not to wait.")));
+	if (DatumGetBool(DirectFunctionCall2(interval_ge, PG_GETARG_DATUM(arg), IntervalPGetDatum(&longest))))
+		return MAX_WAIT_MS;
+	return (DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval, TimestampTzGetDatum(now),
+													PG_GETARG_DATUM(arg))) - now) / 1000;
+}
+
+/*
+ * Sleep until something may have become claimable, at most ms.  A client that
+ * has gone meanwhile shall not get anything.
+ */
+static void
+sleep_for_work(Oid owner, long ms, uint32 wait_event)
+{
+	if (redrive_shared != NULL)
+		(void) ConditionVariableTimedSleep(redrive_claimers(owner), ms, wait_event);
+	else
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, Min(ms, LOOK_MS), wait_event);
+		ResetLatch(MyLatch);
+	}
+	CHECK_FOR_INTERRUPTS();
+	if (MyProcPort != NULL && !pq_check_connection())
+		ereport(ERROR,
+				(errcode(ERRCODE_CONNECTION_FAILURE),
+				 errmsg("the client that waited for work has gone")));
+}
+
+/* How long until something of the database becomes due by itself, at most ms. */
+static int64
+until_due(int64 ms)
+{
+	Datum		values[1] = {TimestampTzGetDatum(GetCurrentTimestamp())};
+	bool		isnull;
+	int64		due;
+
+	redrive_sql_one_row(&next_due, values, NULL);
+	due = redrive_int64(0, "ms");
+	(void) redrive_column(0, "ms", &isnull);
+	return isnull ? ms : Min(ms, due + 1);
+}
+
+/* Take the claim out of the row of an attempt. */
+static void
+read_claim(Claim *found)
+{
+	RedriveChunk *chunk = &found->chunk;
+	Datum		settled;
+	bool		isnull;
+
+	chunk->cxt = CurrentMemoryContext;
+	chunk->page_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive page", ALLOCSET_DEFAULT_SIZES);
+	chunk->chunk_id = redrive_int64(0, "chunk_id");
+	chunk->batch_id = redrive_int64(0, "batch_id");
+	chunk->lease_token = redrive_int64(0, "lease_token");
+	chunk->part = DatumGetInt16(redrive_column(0, "part", &isnull));
+	chunk->retry = redrive_bool(0, "retry");
+	chunk->done_to = redrive_int64(0, "done_to");
+	chunk->to_no = redrive_int64(0, "to_no");
+	found->lease_until = DatumGetTimestampTz(redrive_column(0, "lease_until", &isnull));
+	settled = redrive_column(0, "settled", &isnull);
+	if (!isnull)
+		deconstruct_array(DatumGetArrayTypePCopy(settled), INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE,
+						  &found->settled, NULL, &found->n_settled);
+}
+
+/*
+ * Try to claim until there is something, or the time is over; false = nothing.
+ * Never sleeps with a lock, or with something written down that others wait for.
+ */
+static bool
+claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
+{
+	Datum		values[5];
+	char		nulls[] = "     ";
+	int64		wait_ms = wait_argument(fcinfo, 4);
+	TimestampTz began = GetCurrentTimestamp();
+	uint32		wait_event = redrive_wait_event("RedriveClaim");
+
+	if (wait_ms > 0 && IsolationUsesXactSnapshot())
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("cannot wait for work in a transaction with one snapshot"),
+				 errdetail("It would not see what is committed meanwhile."),
+				 errhint("Claim at isolation level READ COMMITTED.")));
+	values[0] = ObjectIdGetDatum(GetUserId());
+	for (int i = 0; i < 4; i++)
+	{
+		values[i + 1] = fcinfo->args[i].value;
+		nulls[i + 1] = fcinfo->args[i].isnull ? 'n' : ' ';
+	}
+	for (;;)
+	{
+		bool		isnull;
+		char	   *outcome;
+		Oid			owner;
+		bool		busy;
+		int64		left;
+
+		redrive_sql_one_row(&claim, values, nulls);
+		outcome = redrive_text(0, "outcome", CurrentMemoryContext);
+		owner = DatumGetObjectId(redrive_column(0, "owner", &isnull));
+		busy = strcmp(outcome, "busy") == 0;
+		if (strcmp(outcome, "claimed") == 0)
+		{
+			read_claim(found);
+			if (redrive_bool(0, "more"))
+				redrive_wake_claimers_at_commit(owner);
+			return true;
+		}
+		if (strcmp(outcome, "changed") == 0)
+		{
+			redrive_batch_ended_at_commit();
+			return false;
+		}
+		left = wait_ms - (GetCurrentTimestamp() - began) / 1000;
+		if (left <= 0)
+			return false;
+		redrive_free_rows();
+
+		/*
+		 * from the first sleep on, which returns at once, no wake-up is
+		 * missed
+		 */
+		sleep_for_work(owner, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
+	}
+}
+
+/* SQL: claim(handler, max_items, lease, worker, wait) */
+Datum
+redrive_claim_external(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	Claim		found = {0};
+	RedriveChunk *chunk = &found.chunk;
+	int			next_settled = 0;
+	bool		claimed;
+
+	InitMaterializedSRF(fcinfo, 0);
+	redrive_connect();
+	claimed = claim_or_wait(fcinfo, &found);
+	ConditionVariableCancelSleep();
+	while (claimed && chunk->done_to < chunk->to_no)
+	{
+		if (!redrive_fetch_page(chunk))
+			ereport(ERROR,
+					(errcode(ERRCODE_DATA_CORRUPTED),
+					 errmsg("items after %lld of batch %lld are missing", (long long) chunk->done_to, (long long) chunk->batch_id)));
+		for (int i = 0; i < chunk->page_items; i++)
+		{
+			RedriveItem *item = &chunk->page[i];
+			Datum		values[8];
+			bool		nulls[8] = {false};
+
+			chunk->done_to = item->item_no;
+			if (next_settled < found.n_settled && DatumGetInt64(found.settled[next_settled]) == item->item_no)
+			{
+				next_settled++;
+				continue;
+			}
+			values[0] = Int64GetDatum(chunk->chunk_id);
+			values[1] = Int64GetDatum(chunk->lease_token);
+			values[2] = Int64GetDatum(chunk->batch_id);
+			values[3] = Int64GetDatum(item->item_no);
+			values[4] = PointerGetDatum(item->key);
+			nulls[4] = item->key == NULL;
+			values[5] = item->payload;
+			values[6] = Int32GetDatum(item->attempts + 1);
+			values[7] = TimestampTzGetDatum(found.lease_until);
+			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+		}
+	}
+	redrive_disconnect();
+	return (Datum) 0;
+}

@@ -1,0 +1,17 @@
+/*-------------------------------------------------------------------------
+ *
+ * external.h
+ *	  What a supervisor does for external workers.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef REDRIVE_EXTERNAL_H
+#define REDRIVE_EXTERNAL_H
+
+#include "base/shmem.h"
+
+extern bool redrive_external_begin(RedriveDatabase *entry);
+extern void redrive_external_look(RedriveDatabase *entry);
+extern long redrive_external_end(RedriveDatabase *entry, long ms);
+
+#endif							/* REDRIVE_EXTERNAL_H */

@@ -1,0 +1,194 @@
+# External workers as processes: clients that wait, that are killed with and
+# without a claim, and a server that crashes under them.  The truth is in the
+# table that the workers write in the transaction of settle() and complete().
+#
+# Seen red: without redrive_wake_claimers_at_commit() in src/flow/submit.c the
+# client that waits does not return in time; without redrive_wake_supervisor_by()
+# in src/base/wake.c the lease of the killed client is seen too late for the one
+# that waits; without pq_check_connection() in src/flow/lease.c the client that
+# was killed while it waited gets an item.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use RedriveTest;
+use Test::More;
+
+my $node = new_node('external', conf => "redrive.max_workers = 2");
+
+create_effects($node);
+$node->safe_psql(
+	'postgres', q{
+CREATE FUNCTION ended(batch_id bigint, run_no int) RETURNS void LANGUAGE sql AS $$ INSERT INTO effects (item, note) VALUES (run_no, 'ended') $$;
+SELECT redrive.create_handler('work', kind => 'external', retry_delay => '100 ms', on_finish => 'ended');
+});
+
+# Start a client; what it prints goes to the returned hash.
+sub client
+{
+	my ($sql, $of) = @_;
+	my %client = (out => '', err => '', node => $of // $node);
+
+	$client{run} = IPC::Run::start(
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $client{node}->connstr('postgres'), map { ('-c', $_) } @$sql ],
+		'<' => \undef, '>' => \$client{out}, '2>' => \$client{err},
+		IPC::Run::timer($PostgreSQL::Test::Utils::timeout_default));
+	return \%client;
+}
+
+# Start a client that waits for an item, and see that it does.
+sub client_waits
+{
+	my ($name) = @_;
+	my $client = client(
+		["/* $name */ SELECT string_agg(payload::text, ' ' ORDER BY item_no), max(chunk_id), max(lease_token) FROM redrive.claim('work', worker => '$name', wait => '1 min')"]);
+
+	ok( poll_until(
+			$node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* $name */%' AND wait_event_type = 'Extension'", '1'),
+		"client $name waits");
+	return $client;
+}
+
+# Wait for the end of a client, much shorter than it would wait; return its rows.
+sub rows_of
+{
+	my ($client) = @_;
+
+	IPC::Run::pump_nb($client->{run});
+	my $done = poll_until($client->{node}, "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%redrive.claim(%' AND pid <> pg_backend_pid()",
+		'0', timeout => 25);
+	if ($done) { $client->{run}->finish } else { $client->{run}->kill_kill }
+	return $done ? $client->{out} : 'still waiting';
+}
+
+sub submit
+{
+	my ($label, $from, $to) = @_;
+	$node->safe_psql('postgres',
+		"SELECT redrive.submit('work', ARRAY(SELECT to_jsonb(i) FROM generate_series($from, $to) AS i), ARRAY(SELECT i::text FROM generate_series($from, $to) AS i), label => '$label')");
+	return;
+}
+
+sub complete
+{
+	my ($chunk, $token) = @_;
+	return $node->safe_psql('postgres', "SELECT redrive.complete($chunk, $token)");
+}
+
+# --- who waits is woken by a commit, and by nothing else
+my $waits = client_waits('first');
+my $session = $node->background_psql('postgres');
+$session->query_safe("BEGIN; SELECT redrive.submit('work', ARRAY['1', '2']::jsonb[], label => 'woken')");
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* first */%' AND wait_event_type = 'Extension'", '1'), 'it waits on before the commit');
+$session->query_safe('COMMIT');
+my ($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '1 2', 'the commit wakes it');
+complete($chunk, $token);
+batch_is($node, 'woken');
+ok(poll_until($node, "SELECT count(*) FROM effects WHERE note = 'ended'", '1'), 'an executor calls on_finish');
+
+# --- the same with items that become due while it waits: retries and delayed ones
+submit('again', 3, 4);
+$session->query_safe(
+	"SELECT redrive.complete(c.chunk_id, c.lease_token, ARRAY[ROW(1, 'retry', 'again', NULL, '2 s')::redrive.outcome]) FROM redrive.claim('work') AS c WHERE c.item_no = 1");
+$waits = client_waits('second');
+($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '3', 'a retry that becomes due ends the wait');
+complete($chunk, $token);
+batch_is($node, 'again');
+$waits = client_waits('third');
+$session->query_safe("SELECT redrive.send('work', '5', delay => '1 s')");
+($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '5', 'so does an item that was sent with a delay while it waited');
+complete($chunk, $token);
+
+# --- a client that is killed while it waits gets nothing
+$waits = client_waits('dead');
+$waits->{run}->kill_kill(grace => 0);
+submit('not for the dead', 10, 11);
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* dead */%'", '0'), 'its server process ends');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.workers WHERE worker = \'dead\''), '0', 'and has claimed nothing');
+is($node->safe_psql('postgres', "SELECT pending FROM redrive.batch_progress WHERE label = 'not for the dead'"), '2', 'its items are there for others');
+
+# --- a client that is killed with a claim: half of it settled, some more written
+# but not committed.  When the lease ends another gets the rest, at no cost.
+my $dies = client(
+	[
+		"CREATE TEMP TABLE c AS SELECT * FROM redrive.claim('work', lease => '2 s', worker => 'dies')",
+		"BEGIN; INSERT INTO effects (item) VALUES (11); SELECT redrive.settle(max(chunk_id), max(lease_token), ARRAY[ROW(2, 'ok', NULL, NULL, NULL)::redrive.outcome]) FROM c; COMMIT",
+		"BEGIN",
+		"INSERT INTO effects (item) VALUES (10)",
+		"/* dies */ SELECT pg_sleep(1000) -- slow handler"
+	]);
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* dies */%'", '1'), 'a client works on a claim');
+$waits = client_waits('heir');
+$dies->{run}->kill_kill(grace => 0);
+($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '10', 'the rest is claimed by another when the lease ends, without any pass');
+is($node->safe_psql('postgres', "SELECT rescue_count FROM redrive.chunks WHERE chunk_id = $chunk"), '1', 'the loss is counted');
+verified_ok($node, 'after the loss');
+$node->safe_psql('postgres', "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '/* dies */%'");
+$session->query_safe("BEGIN; INSERT INTO effects (item) VALUES (10); SELECT redrive.complete($chunk, $token); COMMIT");
+batch_is($node, 'not for the dead');
+is($node->safe_psql('postgres', 'SELECT item, count(*) FROM effects WHERE item IN (10, 11) GROUP BY item ORDER BY item'), "10|1\n11|1", 'each item is done once');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.locks'), '0', 'all keys are unlocked');
+
+# --- the server crashes while a worker settles: the claim is kept, what was not
+# committed is gone, and the worker goes on with its token
+submit('crash', 20, 21);
+$session->query_safe("CREATE TABLE mine AS SELECT * FROM redrive.claim('work', worker => 'survivor')");
+$session->quit;
+$dies = client(
+	[
+		"BEGIN",
+		"INSERT INTO effects (item) SELECT payload::int FROM mine",
+		"SELECT redrive.complete(max(chunk_id), max(lease_token)) FROM mine",
+		"/* crash */ SELECT pg_sleep(1000) -- slow handler"
+	]);
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* crash */%'", '1'), 'a client has completed and not committed');
+kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE query LIKE '/* crash */%'");
+$dies->{run}->finish;
+ok(poll_until($node, "SELECT count(*) FROM redrive.workers WHERE worker = 'survivor'", '1'), 'after the restart its claim is there');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM effects WHERE item >= 20'), '0', 'and its effects are not');
+verified_ok($node, 'after the crash');
+$node->safe_psql('postgres',
+	"BEGIN; INSERT INTO effects (item) SELECT payload::int FROM mine; SELECT redrive.complete(max(chunk_id), max(lease_token)) FROM mine; COMMIT");
+batch_is($node, 'crash');
+is($node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT item) FROM effects WHERE item >= 20'), '2|2', 'each item is done once');
+
+# --- NOTIFY for those who cannot wait
+$session = $node->background_psql('postgres');
+$session->query_safe("SELECT redrive.alter_handler('work', notify => true)");
+$session->query_safe('LISTEN redrive_work');
+submit('notified', 30, 30);
+my $told = '';
+foreach my $i (1 .. 100)
+{
+	$told .= $session->query_safe('SELECT 1');
+	last if $told =~ /Asynchronous notification "redrive_work"/;
+}
+like($told, qr/Asynchronous notification "redrive_work" received/, 'a listener is told');
+$session->quit;
+verified_ok($node, 'at the end');
+$node->stop;
+
+# --- without preload: claims look by themselves, take back what is lost and write down the end
+my $bare = new_node('bare', conf => "shared_preload_libraries = ''");
+$bare->safe_psql('postgres', "SELECT redrive.create_handler('work', kind => 'external')");
+$waits = client(["/* bare */ SELECT string_agg(item_no::text, ' ' ORDER BY item_no), max(chunk_id), max(lease_token) FROM redrive.claim('work', lease => '1 ms', wait => '1 min')"], $bare);
+ok(poll_until($bare, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* bare */%' AND wait_event_type = 'Extension'", '1'), 'a client waits');
+my $err;
+$bare->psql('postgres', "SELECT redrive.submit('work', ARRAY['1', '2', '3']::jsonb[], label => 'bare')", stderr => \$err);
+is($err, '', 'submit() does not complain of missing workers');
+($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '1 2 3', 'it sees what is committed');
+ok(poll_until($bare, "SELECT count(*) FROM redrive.claim('work', 3)", '1'), 'the claim is taken back when its lease has ended, and parted');
+$bare->safe_psql('postgres', 'SELECT redrive.complete(chunk_id, lease_token) FROM redrive.chunks WHERE state = \'running\'');
+ok(poll_until($bare, "SELECT redrive.complete(c.chunk_id, c.lease_token) IS NULL FROM (SELECT DISTINCT chunk_id, lease_token FROM redrive.claim('work', wait => '10 ms')) AS c; SELECT state FROM redrive.batch_progress", 'finished'),
+	'the rest is claimed and the end written down');
+is($bare->safe_psql('postgres', "SELECT batch_id FROM redrive.batch_progress \\gset\nCALL redrive.wait(:batch_id)"), 'finished', 'wait() takes it for done');
+verified_ok($bare, 'without preload', 'postgres');
+$bare->stop;
+
+done_testing();

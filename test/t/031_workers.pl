@@ -1,0 +1,74 @@
+# The example workers in examples/workers, checked as any worker may be checked:
+# by the scripts of test/conformance.
+use strict;
+use warnings;
+
+use FindBin;
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use RedriveTest;
+use Test::More;
+
+my $top = "$FindBin::Bin/../..";
+my $node = new_node('workers');
+
+$node->safe_psql(
+	'postgres', q{
+CREATE ROLE worker LOGIN;
+GRANT CREATE ON DATABASE postgres TO worker;
+SELECT redrive.grant_user('worker');
+});
+
+# Run a script of the conformance test; return its output, one string.
+sub script
+{
+	my ($name, @options) = @_;
+	my ($out, $err) = ('', '');
+
+	IPC::Run::run([ 'psql', '-X', '-q', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), @options, '-f', "$top/test/conformance/$name.sql" ],
+		'<' => \undef, '>' => \$out, '2>' => \$err, IPC::Run::timer(2 * $PostgreSQL::Test::Utils::timeout_default));
+	return $out . $err;
+}
+
+# Check one worker, and that it ends when it is told to.
+sub check_worker
+{
+	my ($name, @command) = @_;
+	my ($out, $err) = ('', '');
+
+	script('setup', '-U', 'worker');
+	my $worker;
+	{
+		local %ENV = (
+			$node->_get_env(), PGUSER => 'worker', PGDATABASE => 'postgres',
+			# where the packages of Debian and of npm install -g are
+			NODE_PATH => '/usr/share/nodejs:/usr/local/lib/node_modules:/usr/lib/node_modules');
+
+		$worker = IPC::Run::start([ @command, "$top/examples/workers/$name", 'conformance' ],
+			'<' => \undef, '>' => \$out, '2>' => \$err, IPC::Run::timer(2 * $PostgreSQL::Test::Utils::timeout_default));
+	}
+	my $answer = script('check');
+	unlike($answer, qr/^FAILED|ERROR/m, "$name keeps the contract");
+	like($answer, qr/^(\d+) passed, 0 failed$/m, '... in all its points');
+
+	# it may be waiting for work: give it some
+	$worker->signal('TERM');
+	$node->safe_psql('postgres', q{SELECT redrive.send('conformance', '{"n": 1}')});
+	ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'worker'", '0'), '... and ends when it is told to');
+	ok($worker->finish, '... as it should');
+	like($err, qr/is not claimed with lease token/, '... after it had been told once that it came too late');
+	diag($answer . $err) unless Test::More->builder->is_passing;
+	$node->safe_psql('postgres', q{SELECT redrive.cancel_batch(batch_id) FROM redrive.batch_progress WHERE state NOT IN ('finished', 'cancelled')});
+	$node->safe_psql('postgres', q{DROP SCHEMA conformance CASCADE; SELECT redrive.drop_handler('conformance')});
+	return;
+}
+
+# the Python that has Debian's packages
+check_worker('worker.py', '/usr/bin/python3');
+check_worker('worker.js', 'node');
+check_worker('worker.php', 'php');
+check_worker('worker.sh', 'bash');
+
+$node->stop;
+done_testing();
