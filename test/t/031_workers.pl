@@ -20,6 +20,9 @@ GRANT CREATE ON DATABASE postgres TO worker;
 SELECT redrive.grant_user('worker');
 });
 
+# where the packages of Debian and of npm install -g are
+my $node_path = '/usr/share/nodejs:/usr/local/lib/node_modules:/usr/lib/node_modules';
+
 # Run a script of the conformance test; return its output, one string.
 sub script
 {
@@ -42,8 +45,7 @@ sub check_worker
 	{
 		local %ENV = (
 			$node->_get_env(), PGUSER => 'worker', PGDATABASE => 'postgres',
-			# where the packages of Debian and of npm install -g are
-			NODE_PATH => '/usr/share/nodejs:/usr/local/lib/node_modules:/usr/lib/node_modules');
+			NODE_PATH => $node_path);
 
 		$worker = IPC::Run::start([ @command, "$top/examples/workers/$name", 'conformance' ],
 			'<' => \undef, '>' => \$out, '2>' => \$err, IPC::Run::timer(2 * $PostgreSQL::Test::Utils::timeout_default));
@@ -66,7 +68,12 @@ sub check_worker
 
 # the Python that has Debian's packages
 check_worker('worker.py', '/usr/bin/python3');
-check_worker('worker.js', 'node');
+SKIP:
+{
+	local $ENV{NODE_PATH} = $node_path;
+	skip 'the package pg of Node.js is not installed', 1 unless IPC::Run::run([ 'node', '-e', 'require("pg")' ], '<' => \undef, '>&' => \my $ignored);
+	check_worker('worker.js', 'node');
+}
 check_worker('worker.php', 'php');
 check_worker('worker.sh', 'bash');
 
