@@ -31,7 +31,7 @@ LANGUAGE sql STABLE AS $$
      LIMIT 1)
 $$;
 
--- What our own workers can do, of all handlers that are not paused.
+-- What our own workers can do, of all handlers and platforms that are not paused.
 CREATE FUNCTION redrive._candidates(p_as_of timestamptz)
 RETURNS TABLE (handler_id int, owner oid, work text, priority int, due timestamptz)
 LANGUAGE sql STABLE AS $$
@@ -41,6 +41,17 @@ LANGUAGE sql STABLE AS $$
     WHERE (h.kind <> 'external' OR w.work = 'callback') AND NOT h.paused
       AND (h.max_workers IS NULL OR w.work = 'callback'
            OR h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running'))
+    UNION ALL
+    -- bodies of pushes
+    SELECT NULL, p.owner::oid, 'build', 2147483647, u.next_attempt_at
+    FROM redrive.platforms AS p
+    CROSS JOIN LATERAL (
+        SELECT x.next_attempt_at
+        FROM redrive.pushes AS x
+        WHERE x.platform_id = p.platform_id AND x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $1
+        ORDER BY x.next_attempt_at
+        LIMIT 1) AS u
+    WHERE p.build IS NOT NULL AND NOT p.paused
 $$;
 
 -- When the next work that is not due yet becomes due.
@@ -62,7 +73,16 @@ LANGUAGE sql STABLE AS $$
              WHERE k.handler_id = h.handler_id AND k.next_attempt_at > p_as_of
              ORDER BY k.next_attempt_at
              LIMIT 1)) AS w
-         WHERE NOT h.paused))
+         WHERE NOT h.paused),
+        (SELECT min(u.next_attempt_at)
+         FROM redrive.platforms AS p
+         CROSS JOIN LATERAL (
+            SELECT x.next_attempt_at
+            FROM redrive.pushes AS x
+            WHERE x.platform_id = p.platform_id AND x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at > p_as_of
+            ORDER BY x.next_attempt_at
+            LIMIT 1) AS u
+         WHERE p.build IS NOT NULL AND NOT p.paused))
 $$;
 
 -- Take one chunk for a worker of p_owner: by priority, then the work that has
@@ -70,7 +90,7 @@ $$;
 -- there is nothing to do.  The batch row is locked to the end of the caller's
 -- (short) transaction; batches that another session has locked are skipped.
 -- p_workers: how many workers may share a batch, so that none takes all of it.
--- p_callbacks: return a row of NULLs when due callbacks come before any chunk.
+-- p_callbacks: return a row of NULLs when callbacks or builds are due, which come before any chunk.
 CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int, p_callbacks boolean)
 RETURNS TABLE (
     chunk_id bigint, batch_id bigint, handler_id int, part smallint, run_no int, kind redrive.chunk_kind,
@@ -87,10 +107,10 @@ DECLARE
 BEGIN
     FOR cand IN
         SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
-        WHERE x.owner = p_owner AND (p_callbacks OR x.work <> 'callback')
+        WHERE x.owner = p_owner AND (p_callbacks OR x.work NOT IN ('callback', 'build'))
         ORDER BY x.priority DESC, x.due, x.work = 'orphan' DESC
     LOOP
-        IF cand.work = 'callback' THEN
+        IF cand.work IN ('callback', 'build') THEN
             RETURN NEXT;
             RETURN;
         END IF;

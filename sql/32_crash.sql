@@ -4,6 +4,7 @@
 -- for this database, until the supervisor has recorded it.
 --   item, unlock  the handler, or on_unlock, of item "id" was executed when its process died
 --   callback      callback "id" was
+--   build         the build function of push "id"'s platform was
 --   segment       the process died in or after several items, the last of which is "id"
 --   innocent      the process was taken down because of another one
 --   suspect       everything was killed, the postmaster too, while item "id" was executed
@@ -36,7 +37,7 @@ $$;
 -- Turn the verdicts into rows; called before any chunk is taken from a lost worker.
 -- Doing it again changes nothing: each crash has a time of its own.  A chunk
 -- need not be there: a crash may have swallowed its claim.
--- Writes crashes and callbacks.
+-- Writes crashes, callbacks and platforms.
 CREATE FUNCTION redrive._blame() RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -50,6 +51,16 @@ BEGIN
                     message = 'the callback crashed the server',
                     next_attempt_at = CASE WHEN x.crash_count = 0 THEN clock_timestamp() END
                 WHERE x.callback_id = k.id AND (x.last_crashed_at IS NULL OR x.last_crashed_at < k.crashed_at);
+            WHEN 'build' THEN
+                -- until somebody has mended the function, and resumes the platform
+                UPDATE redrive.platforms AS p SET paused = true
+                FROM redrive.pushes AS u
+                WHERE u.push_id = k.id AND p.platform_id = u.platform_id;
+                UPDATE redrive.platform_states AS s SET reason = 'its build function crashed the server'
+                FROM redrive.pushes AS u
+                WHERE u.push_id = k.id AND s.platform_id = u.platform_id;
+                UPDATE redrive.pushes AS u SET failed_at = k.crashed_at, error_class = 'build', message = 'The build function crashed the server.'
+                WHERE u.push_id = k.id;
             WHEN 'segment' THEN
                 PERFORM redrive._suspect(k.batch_id, coalesce((SELECT c.done_to + 1 FROM redrive.chunks AS c WHERE c.chunk_id = k.chunk_id), k.id - 1999),
                     k.id, k.chunk_id, k.crashed_at);

@@ -13,6 +13,13 @@ LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__check_headers';
 CREATE FUNCTION redrive._wake_pusher() RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive__wake_pusher';
 
+-- Have an executor of this role look, or be started, at commit: bodies may be
+-- due to be built.
+CREATE FUNCTION redrive._wake_builder(p_owner oid) RETURNS void
+LANGUAGE sql AS $$
+    SELECT redrive._wake(p_owner) WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE p.owner = p_owner AND p.build IS NOT NULL)
+$$;
+
 CREATE FUNCTION redrive._platform(p_caller oid, p_name text) RETURNS redrive.platforms
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -84,7 +91,7 @@ BEGIN
     RETURNING platform_id INTO v_id;
     INSERT INTO redrive.platform_states (platform_id) VALUES (v_id);
     PERFORM redrive._plan_platform(v_id, now());
-    PERFORM redrive._wake_pusher();
+    PERFORM redrive._wake_pusher(), redrive._wake_builder(p_caller);
 EXCEPTION
     WHEN check_violation THEN
         GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
@@ -125,6 +132,12 @@ BEGIN
     END IF;
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_platform(p_caller, coalesce(p_url, p.url), coalesce(p_allow_http, p.allow_http), coalesce(p_headers, p.headers), p_allow_cidr);
+    IF p_build IS NOT NULL OR 'build' = ANY (v_unset) THEN
+        -- waits for those who plan by the old function
+        PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR UPDATE;
+        UPDATE redrive.pushes SET awaits_build = 'build' <> ALL (v_unset) WHERE platform_id = p.platform_id AND state <> 'delivered';
+        DELETE FROM redrive.push_bodies AS b USING redrive.pushes AS u WHERE u.push_id = b.push_id AND u.platform_id = p.platform_id;
+    END IF;
     UPDATE redrive.platforms SET
         url = coalesce(p_url, url),
         max_retries = coalesce(p_max_retries, max_retries),
@@ -166,7 +179,7 @@ BEGIN
     UPDATE redrive.platform_states SET breaker = 'closed', reason = NULL, opened_at = NULL, blocked_until = NULL, times_opened = 0,
         failures_in_row = 0, successes_in_row = 0, window_attempts = 0, window_failures = 0
     WHERE platform_id = p_platform_id;
-    PERFORM redrive._wake_pusher();
+    PERFORM redrive._wake_pusher(), redrive._wake_builder(p.owner) FROM redrive.platforms AS p WHERE p.platform_id = p_platform_id;
 END
 $$;
 
@@ -256,7 +269,7 @@ CREATE FUNCTION redrive.create_platform(
     retry_delay_max interval DEFAULT '1 h', lease interval DEFAULT '1 min') RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_create_platform';
 COMMENT ON FUNCTION redrive.create_platform IS
-'Create a platform owned by the caller: the tasks of this role are pushed there. max_retries 3 means 4 attempts, retry_interval apart, times retry_factor each time up to retry_delay_max. build: a function of (redrive.task) that returns the body as jsonb; NULL = the task itself. success_when: a path that must be true of the answer, for platforms that answer 200 to what they reject. permanent_status: not retried. Tasks that changed longer than push_window ago are left alone. max_in_flight: requests at once; rate_limit: requests per second, NULL = any. lease: after which a push of which nothing is known is tried again, at least timeout + 30 s. allow_http: not only https; allow_cidr: private ranges that may be reached, set by superusers only. Errors: 42710 name taken, 22023 invalid value, 22004 NULL, 42883 no such function, 42501 no permission.';
+'Create a platform owned by the caller: the tasks of this role are pushed there. max_retries 3 means 4 attempts, retry_interval apart, times retry_factor each time up to retry_delay_max. build: a function of (redrive.task) that returns the body as jsonb, run as the owner in a worker of its own, once per version of a task; NULL = the body is the task. success_when: a path that must be true of the answer, for platforms that answer 200 to what they reject. permanent_status: not retried. Tasks that changed longer than push_window ago are left alone. max_in_flight: requests at once; rate_limit: requests per second, NULL = any. lease: after which a push of which nothing is known is tried again, at least timeout + 30 s. allow_http: not only https; allow_cidr: private ranges that may be reached, set by superusers only. Errors: 42710 name taken, 22023 invalid value, 22004 NULL, 42883 no such function, 42501 no permission.';
 
 CREATE FUNCTION redrive.alter_platform(
     name text, url text DEFAULT NULL, max_retries int DEFAULT NULL, retry_interval interval DEFAULT NULL, retry_factor float8 DEFAULT NULL,
@@ -266,7 +279,7 @@ CREATE FUNCTION redrive.alter_platform(
     retry_delay_max interval DEFAULT NULL, lease interval DEFAULT NULL, unset text[] DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_alter_platform';
 COMMENT ON FUNCTION redrive.alter_platform IS
-'Change a platform. NULL leaves a setting unchanged; unset lists settings to make NULL: build, success_when, rate_limit. Takes effect with the next request; pushes that were blocked by the configuration are tried again, and the breaker is closed. Errors: 42704 unknown, 42501 not yours, 22023 invalid value.';
+'Change a platform. NULL leaves a setting unchanged; unset lists settings to make NULL: build, success_when, rate_limit. Takes effect with the next request; pushes that were blocked by the configuration are tried again, and the breaker is closed; with build, bodies are made anew. Errors: 42704 unknown, 42501 not yours, 22023 invalid value, 42883 no such function.';
 
 CREATE FUNCTION redrive.drop_platform(name text) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';

@@ -9,8 +9,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     v_count bigint;
 BEGIN
-    INSERT INTO redrive.pushes AS u (task_id, platform_id, wanted_version, wanted_status)
-    SELECT t.task_id, p.platform_id, t.version, t.status
+    INSERT INTO redrive.pushes AS u (task_id, platform_id, wanted_version, wanted_status, awaits_build)
+    SELECT t.task_id, p.platform_id, t.version, t.status, p.build IS NOT NULL
     FROM unnest(p_task_ids) AS n (task_id)
     CROSS JOIN LATERAL (SELECT x.task_id, x.owner, x.version, x.status FROM redrive.tasks AS x WHERE x.task_id = n.task_id AND NOT x.is_test OFFSET 0) AS t
     JOIN redrive.platforms AS p ON p.owner = t.owner AND p.platform_id = coalesce(p_platform_id, p.platform_id)
@@ -18,6 +18,7 @@ BEGIN
     ON CONFLICT (task_id, platform_id) DO UPDATE SET
         wanted_version = excluded.wanted_version,
         wanted_status = excluded.wanted_status,
+        awaits_build = excluded.awaits_build,
         state = CASE WHEN u.state = 'in_flight' THEN u.state ELSE 'pending' END,
         retry_count = 0,
         free_count = 0,
@@ -62,7 +63,7 @@ BEGIN
         WHERE u.task_id = n.task_id AND u.state IN ('pending', 'waiting');
     END IF;
     IF v_ids IS NOT NULL AND redrive._plan_tasks(v_ids) > 0 THEN
-        PERFORM redrive._wake_pusher();
+        PERFORM redrive._wake_pusher(), redrive._wake_builder(p_owner);
     END IF;
     RETURN v_version;
 END

@@ -59,7 +59,7 @@ BEGIN
       AND pg_has_role(p_caller, p.owner, 'USAGE');
     GET DIAGNOSTICS v_count = ROW_COUNT;
     IF v_count > 0 THEN
-        PERFORM redrive._wake_pusher();
+        PERFORM redrive._wake_pusher(), redrive._wake_supervisor();
     END IF;
     RETURN v_count;
 END

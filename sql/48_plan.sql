@@ -59,7 +59,7 @@ BEGIN
         WHERE EXISTS (SELECT FROM redrive.pushes AS u WHERE u.platform_id = p.platform_id AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= p_as_of))
     INTO v_due;
     IF v_due THEN
-        PERFORM redrive._wake_pusher();
+        PERFORM redrive._wake_pusher(), redrive._wake_supervisor();
     END IF;
     acted := v_planned + v_reaped + v_expired;
     more := more OR v_reaped = 10000 OR v_expired = c_portion;

@@ -91,6 +91,9 @@ BEGIN
         RETURN QUERY SELECT 'blocked', u.message, format('SELECT redrive.alter_platform(%L, ...);', p.name);
     ELSIF u.next_attempt_at > now() THEN
         RETURN QUERY SELECT 'waiting for a retry', format('Until %s. The last attempt: %s', u.next_attempt_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
+    ELSIF u.awaits_build THEN
+        RETURN QUERY SELECT 'not built yet', format('Due since %s; a worker of role "%s" calls %s first.', u.next_attempt_at, pg_get_userbyid(p.owner), p.build),
+            'See why nothing runs: SELECT * FROM redrive.doctor();';
     ELSE
         RETURN QUERY SELECT 'due', format('Since %s.', u.next_attempt_at), NULL::text;
     END IF;

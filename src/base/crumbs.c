@@ -36,7 +36,7 @@
 
 #define CRUMBS_FILE PG_STAT_TMP_DIR "/pg_redrive.crumbs"
 #define CRUMBS_MAGIC 0x52644372
-#define CRUMBS_VERSION 1
+#define CRUMBS_VERSION 2
 #define BOOT_ID_FILE "/proc/sys/kernel/random/boot_id"
 
 typedef struct CrumbFile
@@ -227,7 +227,7 @@ redrive_judge_crumbs(void)
 	for (int i = 0; i < REDRIVE_MAX_SLOTS; i++)
 	{
 		RedriveCrumb *crumb = &file->crumbs[i];
-		bool		executes = crumb->kind != CRUMB_NONE && crumb->kind <= CRUMB_CALLBACK && crumb->id != 0;
+		bool		executes = crumb->kind != CRUMB_NONE && crumb->kind <= CRUMB_BUILD && crumb->id != 0;
 
 		if (witnessed && crumb->stamped && crumb->chunk_id != 0)
 			add_verdict(crumb, CRUMB_INNOCENT, now);
@@ -238,6 +238,8 @@ redrive_judge_crumbs(void)
 					(errmsg("a pg_redrive worker died while it executed code of users"),
 					 crumb->kind == CRUMB_CALLBACK ?
 					 errdetail("It was in callback %lld of database %u.", (long long) crumb->id, crumb->database) :
+					 crumb->kind == CRUMB_BUILD ?
+					 errdetail("It was in the build function for push %lld of database %u.", (long long) crumb->id, crumb->database) :
 					 errdetail("It was in item %lld of batch %lld, chunk %lld, of database %u.", (long long) crumb->id,
 							   (long long) crumb->batch_id, (long long) crumb->chunk_id, crumb->database)));
 		}
@@ -308,7 +310,7 @@ redrive_forget_crumbs(Oid database)
 Datum
 redrive__crumbs(PG_FUNCTION_ARGS)
 {
-	static const char *const kinds[] = {NULL, "item", "segment", "unlock", "callback", "innocent", "suspect", "unknown"};
+	static const char *const kinds[] = {NULL, "item", "segment", "unlock", "callback", "build", "innocent", "suspect", "unknown"};
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	RedriveCrumb lost = {CRUMB_UNKNOWN};
 

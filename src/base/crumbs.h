@@ -20,6 +20,7 @@ typedef enum CrumbKind
 								 * last item_no */
 	CRUMB_UNLOCK,				/* on_unlock of an item; id = item_no */
 	CRUMB_CALLBACK,				/* id = callback_id */
+	CRUMB_BUILD,				/* a build function; id = push_id */
 	/* verdicts only */
 	CRUMB_INNOCENT,				/* taken down because of another process */
 	CRUMB_SUSPECT,				/* the whole server was killed: id = the item

@@ -299,15 +299,21 @@ redrive__wake(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/* Have the pusher look when this transaction commits. */
+void
+redrive_wake_pusher_at_commit(void)
+{
+	if (redrive_shared == NULL)
+		return;
+	register_callback();
+	pusher = true;
+}
+
 /* SQL: _wake_pusher() */
 Datum
 redrive__wake_pusher(PG_FUNCTION_ARGS)
 {
-	if (redrive_shared != NULL)
-	{
-		register_callback();
-		pusher = true;
-	}
+	redrive_wake_pusher_at_commit();
 	PG_RETURN_VOID();
 }
 

@@ -14,6 +14,7 @@
 extern void redrive_wake_at_commit(Oid owner, int64 batch_id);
 extern void redrive_wake_supervisor_at_commit(void);
 extern void redrive_wake_supervisor_by(TimestampTz at);
+extern void redrive_wake_pusher_at_commit(void);
 extern void redrive_fold_at_commit(void);
 extern void redrive_wake_claimers_at_commit(Oid owner);
 extern ConditionVariable *redrive_claimers(Oid owner);

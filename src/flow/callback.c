@@ -66,8 +66,8 @@ run_callback(Callback *callback)
 
 	values[0] = Int64GetDatum(callback->callback_id);
 	if (callback->function == NULL ||
-		redrive_run_callbacks(callback->function, callback->on_finish, callback->timeout_us, 1, callback->args,
-							  CRUMB_CALLBACK, &callback->callback_id, &error))
+		redrive_run_callbacks(callback->function, callback->on_finish ? CALLBACK_ON_FINISH : CALLBACK_ON_UNLOCK, callback->timeout_us,
+							  1, callback->args, CRUMB_CALLBACK, &callback->callback_id, NULL, &error))
 	{
 		(void) redrive_sql(&delete_callback, values, NULL);
 		return;

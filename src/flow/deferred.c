@@ -128,3 +128,30 @@ redrive_fire_deferred(void)
 	AfterTriggerSetState(stmt);
 	SetUserIdAndSecContext(save_user, save_context);
 }
+
+/*
+ * Refuse what would make code of users run in our commit, where nothing keeps it
+ * from changing the role, and the books of the interval are locked.
+ */
+void
+redrive_check_user_command(Node *command)
+{
+	Oid			user;
+	int			context;
+
+	GetUserIdAndSecContext(&user, &context);
+	if ((context & USER_CODE_CONTEXT) && IsA(command, DeclareCursorStmt) &&
+		(castNode(DeclareCursorStmt, command)->options & CURSOR_OPT_HOLD))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("a handler cannot declare a cursor WITH HOLD"),
+				 errdetail("It would outlive the item, and its query would be run by the commit."),
+				 errhint("Leave WITH HOLD out, or keep the rows in a temporary table.")));
+	if ((context & DEFERRED_CONTEXT) && IsA(command, ConstraintsSetStmt) &&
+		castNode(ConstraintsSetStmt, command)->deferred)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("a deferred trigger of a handler cannot defer constraints"),
+				 errdetail("They would be checked by the commit, when the item that is to blame is not known any more."),
+				 errhint("Use SET CONSTRAINTS ... DEFERRED in the handler itself.")));
+}

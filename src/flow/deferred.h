@@ -11,5 +11,6 @@
 extern void redrive_load_deferred(void);
 extern bool redrive_commit_after_segment(void);
 extern void redrive_fire_deferred(void);
+extern void redrive_check_user_command(Node *command);
 
 #endif							/* REDRIVE_DEFERRED_H */

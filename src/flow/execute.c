@@ -26,6 +26,7 @@
 #include "base/wake.h"
 #include "base/xact.h"
 #include "flow/bisect.h"
+#include "flow/build.h"
 #include "flow/callback.h"
 #include "flow/claim.h"
 #include "flow/classify.h"
@@ -430,7 +431,7 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 	chunk = redrive_claim(owner, hint, cxt, &more, &callbacks);
 	if (callbacks)
 	{
-		worked = redrive_run_due_callbacks(slot, owner);
+		worked = redrive_run_due_callbacks(slot, owner) || redrive_run_due_builds(slot, owner);
 		/* another worker has taken them: look for something else */
 		callbacks = false;
 		if (!worked)

@@ -92,15 +92,22 @@ redrive_find_function(const char *name, HandlerSignature signature, bool missing
 	return LookupFuncName(redrive_name_list(name), nargs, types, missing_ok);
 }
 
-/* Find an on_unlock(text) or on_finish(bigint, int) function. */
+/* Find a callback by its stored name, or NULL if missing_ok. */
 Oid
-redrive_find_callback(const char *name, bool on_finish, bool missing_ok)
+redrive_find_callback(const char *name, CallbackKind kind, bool missing_ok)
 {
-	Oid			unlock_types[] = {TEXTOID};
-	Oid			finish_types[] = {INT8OID, INT4OID};
+	Oid			types[2] = {TEXTOID};
+	int			nargs = 1;
 
-	return LookupFuncName(redrive_name_list(name), on_finish ? 2 : 1,
-						  on_finish ? finish_types : unlock_types, missing_ok);
+	if (kind == CALLBACK_ON_FINISH)
+	{
+		types[0] = INT8OID;
+		types[1] = INT4OID;
+		nargs = 2;
+	}
+	else if (kind == CALLBACK_BUILD)
+		types[0] = redrive_type("task");
+	return LookupFuncName(redrive_name_list(name), nargs, types, missing_ok);
 }
 
 /*
@@ -109,8 +116,8 @@ redrive_find_callback(const char *name, bool on_finish, bool missing_ok)
  * Throws 42809 when it is no plain function, 42501 when the caller may not
  * execute it.
  */
-Datum
-redrive_qualified_name(Oid funcid, const char *what, bool set_allowed)
+static Datum
+qualified_name(Oid funcid, const char *what, bool set_allowed)
 {
 	char	   *namespace = get_namespace_name(get_func_namespace(funcid));
 	char	   *name = get_func_name(funcid);
@@ -181,19 +188,25 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 	return found;
 }
 
-/* Find the callback that a user means, in the caller's search_path. */
-static Oid
-find_callback(const char *given, bool on_finish)
+/*
+ * Find the callback that a user means, in the caller's search_path, and return its
+ * qualified name.
+ */
+Datum
+redrive_callback_name(Datum given, CallbackKind kind)
 {
-	Oid			found = redrive_find_callback(given, on_finish, true);
+	static const char *const names[] = {"on_unlock", "on_finish", "build"};
+	static const char *const calls[] = {"(key text)", "(batch_id bigint, run_no int)", "(task redrive.task) and returns jsonb"};
+	char	   *name = TextDatumGetCString(given);
+	Oid			found = redrive_find_callback(name, kind, true);
 
-	if (!OidIsValid(found))
+	if (!OidIsValid(found) || (kind == CALLBACK_BUILD && get_func_rettype(found) != JSONBOID))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
-				 errmsg("function \"%s\" does not exist or does not fit %s", given, on_finish ? "on_finish" : "on_unlock"),
-				 errdetail("It is called with %s.", on_finish ? "(batch_id bigint, run_no int)" : "(key text)"),
+				 errmsg("function \"%s\" does not exist or does not fit %s", name, names[kind]),
+				 errdetail("It is called with %s.", calls[kind]),
 				 errhint("Create the function first, or write its schema if it is not in search_path.")));
-	return found;
+	return qualified_name(found, names[kind], false);
 }
 
 /*
@@ -421,7 +434,7 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 		if (!create && !PG_ARGISNULL(0))
 			set = is_set_handler(PG_GETARG_DATUM(0));
 		funcid = find_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), set, &signature);
-		values[first + function_arg] = redrive_qualified_name(funcid, set ? "a set handler" : "a row handler", set);
+		values[first + function_arg] = qualified_name(funcid, set ? "a set handler" : "a row handler", set);
 		if (set)
 			(void) redrive_check_set_result(funcid);
 		values[1] = CStringGetTextDatum(signature_names[signature]);
@@ -429,10 +442,10 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 	}
 	if (!PG_ARGISNULL(unlock_arg))
 		values[first + unlock_arg] =
-			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(unlock_arg)), false), "on_unlock", false);
+			redrive_callback_name(PG_GETARG_DATUM(unlock_arg), CALLBACK_ON_UNLOCK);
 	if (!PG_ARGISNULL(finish_arg))
 		values[first + finish_arg] =
-			redrive_qualified_name(find_callback(text_to_cstring(PG_GETARG_TEXT_PP(finish_arg)), true), "on_finish", false);
+			redrive_callback_name(PG_GETARG_DATUM(finish_arg), CALLBACK_ON_FINISH);
 
 	return redrive_dispatch(fcinfo, first + nargs, argtypes, values, nulls);
 }

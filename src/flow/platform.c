@@ -38,10 +38,7 @@ put_platform(FunctionCallInfo fcinfo, bool create)
 	if (create)
 		redrive_check_owner_can_login("a platform");
 	if (!PG_ARGISNULL(BUILD_ARG))
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("build functions are not supported by this version"),
-				 errhint("Leave build out: the body is the task as JSON. Put what the platform needs into the payload.")));
+		fcinfo->args[BUILD_ARG].value = redrive_callback_name(PG_GETARG_DATUM(BUILD_ARG), CALLBACK_BUILD);
 	return redrive_as_owner(fcinfo);
 }
 

@@ -42,8 +42,7 @@ static RedriveSql claim_pushes = {
 	"WITH due AS MATERIALIZED ("
 	" SELECT d.push_id, d.task_id, w.platform_id, w.probe, w.built FROM unnest($1, $2, $3, $4) AS w (platform_id, room, probe, built)"
 	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id FROM redrive.pushes AS x"
-	"  WHERE x.platform_id = w.platform_id AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
-	"  AND (NOT w.built OR EXISTS (SELECT FROM redrive.push_bodies AS b WHERE b.push_id = x.push_id AND b.version = x.wanted_version))"
+	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
 	"  ORDER BY x.next_attempt_at LIMIT w.room FOR UPDATE SKIP LOCKED) AS d),"
 	/* narrow: the update keeps a copy of each row it joins with */
 	" wanted AS MATERIALIZED (SELECT d.push_id, d.probe, coalesce(b.version, t.version) AS version, $5 + p.lease AS lease_until"
@@ -118,6 +117,15 @@ static RedriveSql record_pushes = {
 	INT4ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAY, TIMESTAMPTZOID, INT4OID}
 };
 
+/* What build functions made for these is not needed any more. */
+static RedriveSql delete_bodies = {
+	.lookups = true,
+	.text =
+	"DELETE FROM redrive.push_bodies AS b USING unnest($1) AS n (push_id), redrive.pushes AS u"
+	" WHERE b.push_id = n.push_id AND u.push_id = n.push_id AND u.state = 'delivered'",
+	.nargs = 1,.argtypes = {INT8ARRAYOID}
+};
+
 static RedriveSql current_part = {
 	"SELECT r.part::int8 AS part FROM redrive.rotation AS r",
 	0, {0}
@@ -125,7 +133,7 @@ static RedriveSql current_part = {
 
 static RedriveSql next_push = {
 	"SELECT n.at AS at, w.platform_id::int8 AS platform_id FROM unnest($1) AS w (platform_id)"
-	" CROSS JOIN LATERAL (SELECT x.next_attempt_at AS at FROM redrive.pushes AS x WHERE x.platform_id = w.platform_id AND x.state IN ('pending', 'waiting')"
+	" CROSS JOIN LATERAL (SELECT x.next_attempt_at AS at FROM redrive.pushes AS x WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting')"
 	" ORDER BY x.next_attempt_at LIMIT 1) AS n",
 	1, {INT4ARRAYOID}
 };
@@ -298,6 +306,7 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 	Datum	   *values[N_COLUMNS];
 	bool	   *nulls[N_COLUMNS];
 	Datum		args[N_COLUMNS + 2];
+	bool		any_built = false;
 
 	for (int c = 0; c < N_COLUMNS; c++)
 	{
@@ -321,6 +330,7 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 			p->message = "The answer cannot be read as JSON.";
 			p->answer = NULL;
 		}
+		any_built |= p->platform->has_build;
 		values[ID][i] = Int64GetDatum(p->push_id);
 		values[ATTEMPT][i] = Int64GetDatum(p->attempt_no);
 		values[PLATFORM][i] = Int32GetDatum(p->platform->platform_id);
@@ -351,6 +361,8 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 	args[N_COLUMNS] = TimestampTzGetDatum(GetCurrentTimestamp());
 	args[N_COLUMNS + 1] = Int32GetDatum(MAX_FREE_RETRIES);
 	log_attempts(pushes, redrive_sql(&record_pushes, args, NULL), without_answers);
+	if (any_built)
+		(void) redrive_sql(&delete_bodies, args, NULL);
 }
 
 static TimestampTz

@@ -181,8 +181,8 @@ unlock(RedriveChunk *chunk, int n, RedriveItem **items)
 		item_nos[n_now++] = items[i]->item_no;
 	}
 	if (n_now > 0 &&
-		!redrive_run_callbacks(chunk->handler.on_unlock, false, chunk->handler.item_timeout, n_now, keys,
-							   CRUMB_UNLOCK, item_nos, &error))
+		!redrive_run_callbacks(chunk->handler.on_unlock, CALLBACK_ON_UNLOCK, chunk->handler.item_timeout, n_now, keys,
+							   CRUMB_UNLOCK, item_nos, NULL, &error))
 		unlock_later(chunk, n_now, keys, error->message, 0);
 }
 

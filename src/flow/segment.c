@@ -32,8 +32,8 @@
 
 #include "base/compat.h"
 #include "base/crumbs.h"
+#include "flow/build.h"
 #include "flow/deferred.h"
-#include "flow/handler.h"
 #include "flow/segment.h"
 #include "flow/set.h"
 
@@ -145,33 +145,6 @@ redrive_leave_user_code(UserCode *save)
 {
 	AtEOXact_GUC(false, save->nestlevel);
 	SetUserIdAndSecContext(save->user, save->context);
-}
-
-/*
- * Refuse what would make code of users run in our commit, where nothing keeps it
- * from changing the role, and the books of the interval are locked.
- */
-void
-redrive_check_user_command(Node *command)
-{
-	Oid			user;
-	int			context;
-
-	GetUserIdAndSecContext(&user, &context);
-	if ((context & USER_CODE_CONTEXT) && IsA(command, DeclareCursorStmt) &&
-		(castNode(DeclareCursorStmt, command)->options & CURSOR_OPT_HOLD))
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("a handler cannot declare a cursor WITH HOLD"),
-				 errdetail("It would outlive the item, and its query would be run by the commit."),
-				 errhint("Leave WITH HOLD out, or keep the rows in a temporary table.")));
-	if ((context & DEFERRED_CONTEXT) && IsA(command, ConstraintsSetStmt) &&
-		castNode(ConstraintsSetStmt, command)->deferred)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("a deferred trigger of a handler cannot defer constraints"),
-				 errdetail("They would be checked by the commit, when the item that is to blame is not known any more."),
-				 errhint("Use SET CONSTRAINTS ... DEFERRED in the handler itself.")));
 }
 
 /*
@@ -413,18 +386,20 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 }
 
 /*
- * Call an on_unlock(key) or on_finish(batch_id, run_no) function n times, args
- * by args, in one subtransaction, as the session's role.
+ * Call a callback n times, args by args, in one subtransaction, as the session's
+ * role.
  *
- * kind and ids are what the crumb shall say.  Returns false, with everything rolled back and the error in
+ * crumb and ids are what the crumb shall say.  body gets what a build function
+ * returned.  Returns false, with everything rolled back and the error in
  * CurrentMemoryContext, when any call fails.
  */
 bool
-redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
-					  int n, Datum *args, CrumbKind kind, int64 *ids, ErrorData **error)
+redrive_run_callbacks(const char *function, CallbackKind kind, int64 timeout_us, int n, Datum *args,
+					  CrumbKind crumb, int64 *ids, char **body, ErrorData **error)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	ResourceOwner old_owner = CurrentResourceOwner;
+	const int	nargs = kind == CALLBACK_ON_FINISH ? 2 : 1;
 	volatile bool ok = true;
 
 	BeginInternalSubTransaction(NULL);
@@ -432,9 +407,10 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 	{
 		FmgrInfo	flinfo;
 		UserCode	save;
+		Datum		result;
 		MemoryContext call_cxt = AllocSetContextCreate(CurrentMemoryContext, "redrive callback",
 													   ALLOCSET_DEFAULT_SIZES);
-		Oid			funcid = redrive_find_callback(function, on_finish, false);
+		Oid			funcid = redrive_find_callback(function, kind, false);
 
 		LOCAL_FCINFO(fcinfo, 2);
 
@@ -442,32 +418,32 @@ redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					 errmsg("permission denied for function %s", function),
-					 errhint("Grant EXECUTE on it to the handler's owner.")));
+					 errhint("Grant EXECUTE on it to role \"%s\".", GetUserNameFromId(GetUserId(), false))));
 		fmgr_info(funcid, &flinfo);
 		for (int i = 0; i < n; i++)
 		{
 			MemoryContextReset(call_cxt);
 			MemoryContextSwitchTo(call_cxt);
-			InitFunctionCallInfoData(*fcinfo, &flinfo, on_finish ? 2 : 1, InvalidOid, NULL, NULL);
-			fcinfo->args[0].value = args[on_finish ? 2 * i : i];
-			fcinfo->args[0].isnull = false;
-			if (on_finish)
+			InitFunctionCallInfoData(*fcinfo, &flinfo, nargs, InvalidOid, NULL, NULL);
+			for (int a = 0; a < nargs; a++)
 			{
-				fcinfo->args[1].value = args[2 * i + 1];
-				fcinfo->args[1].isnull = false;
+				fcinfo->args[a].value = args[nargs * i + a];
+				fcinfo->args[a].isnull = false;
 			}
 			redrive_crumb->id = ids[i];
-			redrive_crumb->kind = kind;
+			redrive_crumb->kind = crumb;
 			item_timed_out = false;
 			enable_timeout_after(item_timeout, (int) ((timeout_us > 0 ? timeout_us : CALLBACK_TIMEOUT_US) / 1000));
 			PushActiveSnapshot(GetTransactionSnapshot());
 			redrive_enter_user_code(&save);
-			(void) FunctionCallInvoke(fcinfo);
+			result = FunctionCallInvoke(fcinfo);
 			redrive_leave_user_code(&save);
 			PopActiveSnapshot();
 			disable_timeout(item_timeout, false);
 			CHECK_FOR_INTERRUPTS();
 			CommandCounterIncrement();
+			if (kind == CALLBACK_BUILD)
+				*body = redrive_built_body(result, fcinfo->isnull, old_cxt);
 		}
 		if (n > 1)
 			redrive_crumb->kind = CRUMB_SEGMENT;

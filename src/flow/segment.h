@@ -12,6 +12,7 @@
 
 #include "base/crumbs.h"
 #include "flow/batch.h"
+#include "flow/handler.h"
 
 /* What a segment did. */
 typedef struct SegmentResult
@@ -65,15 +66,14 @@ extern RedriveCall *redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 extern Datum redrive_item_datum(RedriveCall *call, RedriveItem *item);
 extern void redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 								int from, int to, SegmentResult *result);
-extern bool redrive_run_callbacks(const char *function, bool on_finish, int64 timeout_us,
-								  int n, Datum *args, CrumbKind kind, int64 *ids, ErrorData **error);
+extern bool redrive_run_callbacks(const char *function, CallbackKind kind, int64 timeout_us, int n, Datum *args,
+								  CrumbKind crumb, int64 *ids, char **body, ErrorData **error);
 
 extern int	redrive_live_subxacts(void);
 extern void redrive_arm_stop(void);
 extern void redrive_disarm_stop(void);
 extern void redrive_enter_user_code(UserCode *save);
 extern void redrive_leave_user_code(UserCode *save);
-extern void redrive_check_user_command(Node *command);
 extern void redrive_init_timeouts(bool in_worker);
 extern bool redrive_stop_requested(void);
 extern void redrive_request_stop(SIGNAL_ARGS);

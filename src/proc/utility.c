@@ -29,7 +29,7 @@
 #include "base/guc.h"
 #include "base/shmem.h"
 #include "base/spi_call.h"
-#include "flow/segment.h"
+#include "flow/deferred.h"
 #include "proc/utility.h"
 
 /* How long we wait for the workers to go. */

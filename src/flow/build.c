@@ -1,0 +1,200 @@
+/*-------------------------------------------------------------------------
+ *
+ * build.c
+ *	  Bodies of pushes that a platform's build function makes.
+ *
+ * Code of users, so it runs where handlers do: in an executor of the platform's
+ * owner, each call in a subtransaction.  The pusher only sends what was made.  No
+ * push is locked meanwhile, so an application that records a new status never
+ * waits for a build function; what it has overtaken is made again.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "pgstat.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/spi_call.h"
+#include "base/wake.h"
+#include "base/xact.h"
+#include "flow/build.h"
+#include "flow/segment.h"
+
+#define BUILDS_AT_ONCE 500
+
+/* Commit what was made after so long. */
+#define BUILD_INTERVAL_US 250000
+
+/* One executor at a time builds for a platform. */
+static RedriveSql lock_platform = {
+	"SELECT p.platform_id::int8 AS platform_id, p.name, p.build FROM ("
+	" SELECT x.platform_id, x.name, x.build FROM redrive.platforms AS x"
+	" WHERE x.owner = $1 AND x.build IS NOT NULL AND NOT x.paused AND EXISTS (SELECT FROM redrive.pushes AS u"
+	"  WHERE u.platform_id = x.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= $2) OFFSET 0) AS p"
+	" WHERE redrive._lock_pass('build ' || p.platform_id) LIMIT 1",
+	2, {OIDOID, TIMESTAMPTZOID}
+};
+
+static RedriveSql due_builds = {
+	.lookups = true,
+	.text =
+	"SELECT u.push_id, t.version, ROW(t.task_key, t.status, t.version, t.process, t.payload, t.created_at, t.changed_at)::redrive.task AS task"
+	" FROM (SELECT x.push_id, x.task_id FROM redrive.pushes AS x"
+	"  WHERE x.platform_id = $1 AND x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $2"
+	"  ORDER BY x.next_attempt_at LIMIT $3) AS u"
+	" CROSS JOIN LATERAL (SELECT z.* FROM redrive.tasks AS z WHERE z.task_id = u.task_id OFFSET 0) AS t",
+	.nargs = 3,.argtypes = {INT4OID, TIMESTAMPTZOID, INT4OID}
+};
+
+/*
+ * $1 number, $2 version, $3 body, $4 error; $5 now.  A failure is an attempt like
+ * any other.  What is not wanted any more is left alone.
+ */
+static RedriveSql record_builds = {
+	.lookups = true,
+	.text =
+	"WITH live AS MATERIALIZED ("
+	" SELECT u.push_id, n.version, n.body, n.error, n.body IS NULL AS failed, u.retry_count >= p.max_retries AS exhausted,"
+	"  $5 + redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id) AS retry_at"
+	" FROM unnest($1, $2, $3, $4) AS n (push_id, version, body, error)"
+	" JOIN redrive.pushes AS u ON u.push_id = n.push_id"
+	" JOIN redrive.platforms AS p ON p.platform_id = u.platform_id"
+	" WHERE u.awaits_build AND u.state IN ('pending', 'waiting') AND u.wanted_version = n.version"
+	" ORDER BY u.task_id FOR NO KEY UPDATE OF u),"
+	" built AS (INSERT INTO redrive.push_bodies (push_id, version, body) SELECT l.push_id, l.version, l.body FROM live AS l WHERE NOT l.failed"
+	"  ON CONFLICT (push_id) DO UPDATE SET version = excluded.version, body = excluded.body, built_at = now()),"
+	" changed AS (UPDATE redrive.pushes AS u SET"
+	"   awaits_build = l.failed,"
+	"   attempt_no = u.attempt_no + l.failed::int,"
+	"   state = CASE WHEN NOT l.failed THEN u.state WHEN l.exhausted THEN 'dead' ELSE 'waiting' END,"
+	"   retry_count = u.retry_count + (l.failed AND NOT l.exhausted)::int,"
+	"   next_attempt_at = CASE WHEN l.failed AND NOT l.exhausted THEN l.retry_at ELSE u.next_attempt_at END,"
+	"   failed_at = CASE WHEN l.failed THEN $5 ELSE u.failed_at END,"
+	"   http_status = CASE WHEN l.failed THEN NULL ELSE u.http_status END,"
+	"   error_class = CASE WHEN l.failed THEN 'build' ELSE u.error_class END,"
+	"   message = CASE WHEN l.failed THEN l.error ELSE u.message END"
+	"  FROM live AS l WHERE u.push_id = l.push_id"
+	"  RETURNING u.push_id, u.attempt_no, u.platform_id, l.version, l.error)"
+	" INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, error_class, message)"
+	" SELECT (SELECT r.part FROM redrive.rotation AS r), c.push_id, c.attempt_no, c.platform_id, c.version, $5, clock_timestamp(), false, true, false, 'build', c.error"
+	" FROM changed AS c WHERE c.error IS NOT NULL",
+	.nargs = 5,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID}
+};
+
+/*
+ * Return what a build function returned as the text of a body, in cxt.
+ *
+ * Throws 22004 when it is NULL.
+ */
+char *
+redrive_built_body(Datum result, bool isnull, MemoryContext cxt)
+{
+	Jsonb	   *jsonb;
+
+	if (isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("the build function returned NULL"),
+				 errhint("Return the body of the request as jsonb.")));
+	jsonb = DatumGetJsonbP(result);
+	return MemoryContextStrdup(cxt, JsonbToCString(NULL, &jsonb->root, VARSIZE(jsonb)));
+}
+
+/* Return an array of so many texts, some of which are NULL. */
+static Datum
+text_array(char **texts, int n)
+{
+	Datum	   *values = palloc0(n * sizeof(Datum));
+	bool	   *nulls = palloc0(n * sizeof(bool));
+	int			dims[1] = {n};
+	int			lbs[1] = {1};
+
+	for (int i = 0; i < n; i++)
+		if (texts[i] == NULL)
+			nulls[i] = true;
+		else
+			values[i] = CStringGetTextDatum(texts[i]);
+	return PointerGetDatum(construct_md_array(values, nulls, 1, dims, lbs, TEXTOID, -1, false, TYPALIGN_INT));
+}
+
+/*
+ * Build bodies that are due, for one platform of a role, and commit.
+ *
+ * Returns whether there were any.  Needs a non-atomic connection.
+ */
+bool
+redrive_run_due_builds(RedriveSlot *slot, Oid owner)
+{
+	const TimestampTz now = GetCurrentTimestamp();
+	Datum		values[5];
+	char	   *function;
+	char	   *name;
+	uint64		rows;
+	Datum	   *tasks;
+	Datum	   *ids;
+	Datum	   *versions;
+	char	  **bodies;
+	char	  **errors;
+	int			n = 0;
+
+	values[0] = ObjectIdGetDatum(owner);
+	values[1] = TimestampTzGetDatum(now);
+	if (redrive_sql(&lock_platform, values, NULL) == 0)
+		return false;
+	function = redrive_text(0, "build", CurrentMemoryContext);
+	name = redrive_text(0, "name", CurrentMemoryContext);
+	values[0] = Int32GetDatum((int32) redrive_int64(0, "platform_id"));
+	values[2] = Int32GetDatum(BUILDS_AT_ONCE);
+	rows = redrive_sql(&due_builds, values, NULL);
+	if (rows == 0)
+	{
+		redrive_commit();		/* somebody else has made them; gives the lock
+								 * back */
+		return false;
+	}
+	slot->state = SLOT_CALLBACKS;
+	if (!slot->foreground)
+		pgstat_report_activity(STATE_RUNNING, psprintf("redrive: build for platform %s", name));
+	tasks = palloc(rows * sizeof(Datum));
+	ids = palloc(rows * sizeof(Datum));
+	versions = palloc(rows * sizeof(Datum));
+	bodies = palloc0(rows * sizeof(char *));
+	errors = palloc0(rows * sizeof(char *));
+	for (uint64 row = 0; row < rows; row++)
+	{
+		bool		isnull;
+
+		ids[row] = Int64GetDatum(redrive_int64(row, "push_id"));
+		versions[row] = Int64GetDatum(redrive_int64(row, "version"));
+		tasks[row] = datumCopy(redrive_column(row, "task", &isnull), false, -1);
+	}
+	redrive_free_rows();
+	while (n < rows)
+	{
+		int64		push_id = DatumGetInt64(ids[n]);
+		ErrorData  *error = NULL;
+
+		if (!redrive_run_callbacks(function, CALLBACK_BUILD, 0, 1, &tasks[n], CRUMB_BUILD, &push_id, &bodies[n], &error))
+			errors[n] = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message != NULL ? error->message : "");
+		n++;
+		if (GetCurrentTimestamp() - now >= BUILD_INTERVAL_US || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS || redrive_stop_requested())
+			break;
+	}
+	values[0] = PointerGetDatum(construct_array(ids, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
+	values[1] = PointerGetDatum(construct_array(versions, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
+	values[2] = text_array(bodies, n);
+	values[3] = text_array(errors, n);
+	values[4] = TimestampTzGetDatum(now);
+	(void) redrive_sql(&record_builds, values, NULL);
+	redrive_wake_pusher_at_commit();
+	redrive_commit();
+	slot->state = SLOT_CLAIMING;
+	return true;
+}
