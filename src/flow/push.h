@@ -119,11 +119,13 @@ typedef struct Claimed
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
 extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt);
-extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
 extern void redrive_look_at_all(List *platforms);
 extern int64 redrive_reap_pushes(int64 pusher);
+
+/* push_record.c */
+extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
 
 /* push_result.c */
 extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);

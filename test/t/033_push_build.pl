@@ -137,8 +137,9 @@ $node->append_conf('postgresql.conf', 'restart_after_crash = on');
 $node->reload;
 as_app(
 	q{CREATE FUNCTION app.crashing(task redrive.task) RETURNS jsonb LANGUAGE plpgsql AS 'BEGIN IF task.payload ? ''crash'' THEN PERFORM public.crash(); END IF; RETURN to_jsonb(task); END'},
-	"SELECT redrive.alter_platform('p', build => 'app.crashing')",
-	"SELECT redrive.record_task('h', 'new', '{\"crash\": 1}')");
+	"SELECT redrive.alter_platform('p', build => 'app.crashing')");
+# the crash may take this session with it
+$node->psql('postgres', "SET SESSION AUTHORIZATION app; SELECT redrive.record_task('h', 'new', '{\"crash\": 1}')", on_error_stop => 0);
 my $reason = "SELECT paused, reason FROM redrive.platform_health";
 ok(poll_until($node, $reason, 't|its build function crashed the server'), 'a crash pauses the platform');
 my $log = slurp_file($node->logfile);

@@ -1,0 +1,343 @@
+/*-------------------------------------------------------------------------
+ *
+ * push_record.c
+ *	  Write down what came of pushes.
+ *
+ * A record is fenced by the number of the attempt, so a late one changes nothing.
+ * What was delivered, which most are, has a statement of its own: the other has six
+ * times as much to decide about each row.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/timestamp.h"
+
+#include "base/spi_call.h"
+#include "base/table_insert.h"
+#include "flow/push.h"
+
+#define MAX_FREE_RETRIES 20
+
+/* arrays without a name in pg_type.h */
+#define BOOLARRAY 1000
+#define TIMESTAMPTZARRAY 1185
+
+/* Which answers are what success_when wants.  $1 platform, $2 answer. */
+static RedriveSql judge_answers = {
+	.lookups = true,
+	.text =
+	"SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (platform_id, answer, place)"
+	" WHERE coalesce((SELECT p.success_when IS NULL OR jsonb_path_match(n.answer::jsonb, p.success_when, '{}', true)"
+	"  FROM redrive.platforms AS p WHERE p.platform_id = n.platform_id), false)",
+	.nargs = 2,.argtypes = {INT4ARRAYOID, TEXTARRAYOID}
+};
+
+/*
+ * Delivered.  $1 number, $2 attempt, $3 status, $4 now.  Whether more is wanted is
+ * asked of the row as it is when it is changed: a new version may have come since the
+ * statement began.  Returns those that were still ours.
+ */
+static RedriveSql record_delivered = {
+	.lookups = true,
+	.text =
+	"UPDATE redrive.pushes AS u SET"
+	"  state = CASE WHEN u.wanted_version > u.sent_version THEN 'pending'::redrive.push_state ELSE 'delivered' END,"
+	"  retry_count = CASE WHEN u.wanted_version > u.sent_version THEN 0 ELSE u.retry_count END,"
+	"  next_attempt_at = CASE WHEN u.wanted_version > u.sent_version THEN $4 ELSE u.next_attempt_at END,"
+	"  pushed_version = u.sent_version, pushed_status = CASE WHEN u.wanted_version = u.sent_version THEN u.wanted_status END,"
+	"  delivered_at = $4, http_status = n.http_status, error_class = NULL, message = NULL, lease_until = NULL, lease_owner = NULL"
+	" FROM unnest($1, $2, $3) WITH ORDINALITY AS n (push_id, attempt_no, http_status, place)"
+	" WHERE u.push_id = n.push_id AND u.state = 'in_flight' AND u.attempt_no = n.attempt_no"
+	" RETURNING n.place, false AS charged",
+	.nargs = 4,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, TIMESTAMPTZOID}
+};
+
+/*
+ * Not delivered.  $1 number, $2 attempt, $3 platform, $4 charged, $5 permanent, $6
+ * blocked, $7 given back, $8 least wait in ms, $9 class, $10 status, $11 message,
+ * $12 end; $13 now, $14 the attempts that may be free.  Returns those that were still
+ * ours.
+ */
+#define NEXT_STATE \
+	"CASE WHEN r.given_back OR u.wanted_version > u.sent_version THEN 'pending'" \
+	" WHEN r.blocked THEN 'blocked' WHEN r.permanent THEN 'dead'" \
+	" WHEN r.charged AND u.retry_count >= p.max_retries THEN 'dead'" \
+	" WHEN NOT r.charged AND NOT u.is_probe AND u.free_count >= $14 THEN 'dead'" \
+	" ELSE 'waiting' END"
+
+static RedriveSql record_failed = {
+	.lookups = true,
+	.text =
+	"UPDATE redrive.pushes AS u SET"
+	"  state = (" NEXT_STATE ")::redrive.push_state,"
+	"  retry_count = CASE " NEXT_STATE " WHEN 'waiting' THEN u.retry_count + r.charged::int"
+	"   WHEN 'pending' THEN CASE WHEN u.wanted_version > u.sent_version THEN 0 ELSE u.retry_count END ELSE u.retry_count END,"
+	"  free_count = CASE WHEN " NEXT_STATE " = 'waiting' AND NOT r.charged AND NOT u.is_probe THEN u.free_count + 1 ELSE u.free_count END,"
+	"  next_attempt_at = CASE " NEXT_STATE " WHEN 'waiting' THEN $13 + greatest(r.wait_ms * interval '1 ms',"
+	"   CASE WHEN r.charged THEN redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id)"
+	"   ELSE interval '1 s' * least(u.free_count + 1, 60) END)"
+	"   WHEN 'pending' THEN $13 ELSE u.next_attempt_at END,"
+	"  failed_at = CASE WHEN r.given_back THEN u.failed_at ELSE r.finished_at END,"
+	"  http_status = CASE WHEN r.given_back THEN u.http_status ELSE nullif(r.http_status, 0) END,"
+	"  error_class = CASE WHEN r.given_back THEN u.error_class ELSE r.error_class END,"
+	"  message = CASE WHEN r.given_back THEN u.message ELSE r.message END,"
+	"  lease_until = NULL, lease_owner = NULL"
+	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) WITH ORDINALITY AS r (push_id, attempt_no, platform_id,"
+	"  charged, permanent, blocked, given_back, wait_ms, error_class, http_status, message, finished_at, place)"
+	" CROSS JOIN LATERAL (SELECT z.max_retries, z.retry_interval, z.retry_factor, z.retry_delay_max FROM redrive.platforms AS z WHERE z.platform_id = r.platform_id OFFSET 0) AS p"
+	" WHERE u.push_id = r.push_id AND u.state = 'in_flight' AND u.attempt_no = r.attempt_no"
+	" RETURNING r.place, r.charged",
+	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAY, BOOLARRAY, BOOLARRAY, BOOLARRAY, INT4ARRAYOID, TEXTARRAYOID,
+	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAY, TIMESTAMPTZOID, INT4OID}
+};
+
+/* What build functions made for these is not needed any more. */
+static RedriveSql delete_bodies = {
+	.lookups = true,
+	.text =
+	"DELETE FROM redrive.push_bodies AS b USING unnest($1) AS n (push_id), redrive.pushes AS u"
+	" WHERE b.push_id = n.push_id AND u.push_id = n.push_id AND u.state = 'delivered'",
+	.nargs = 1,.argtypes = {INT8ARRAYOID}
+};
+
+static RedriveSql current_part = {
+	"SELECT r.part::int8 AS part FROM redrive.rotation AS r",
+	0, {0}
+};
+
+/* Columns of push_log, in the order of the table. */
+enum
+{
+	L_PART, L_PUSH_ID, L_ATTEMPT, L_PLATFORM, L_VERSION, L_STARTED, L_FINISHED, L_DELIVERED, L_CHARGED, L_PROBE, L_CLASS, L_STATUS, L_CURL,
+	L_MESSAGE, L_RESPONSE, L_COLUMNS
+};
+
+/* Rows of the log, gathered from both statements. */
+typedef struct AttemptLog
+{
+	Datum	   *values;
+	bool	   *nulls;
+	int			n;
+} AttemptLog;
+
+/* Note the attempts of those that a statement returned. */
+static void
+note_attempts(AttemptLog *log, Push **pushes, uint64 rows, bool without_answers)
+{
+	for (uint64 row = 0; row < rows; row++)
+	{
+		Push	   *p = pushes[redrive_int64(row, "place") - 1];
+		const char *response = without_answers ? NULL : p->response;
+		Datum	   *values = log->values + log->n * L_COLUMNS;
+		bool	   *nulls = log->nulls + log->n * L_COLUMNS;
+
+		if (p->given_back)
+			continue;
+		log->n++;
+		values[L_PUSH_ID] = Int64GetDatum(p->push_id);
+		values[L_ATTEMPT] = Int64GetDatum(p->attempt_no);
+		values[L_PLATFORM] = Int32GetDatum(p->platform->platform_id);
+		values[L_VERSION] = Int64GetDatum(p->version);
+		values[L_STARTED] = TimestampTzGetDatum(p->started_at);
+		values[L_FINISHED] = TimestampTzGetDatum(p->finished_at);
+		values[L_DELIVERED] = BoolGetDatum(p->delivered);
+		values[L_CHARGED] = BoolGetDatum(redrive_bool(row, "charged"));
+		values[L_PROBE] = BoolGetDatum(p->is_probe);
+		nulls[L_CLASS] = p->error_class == NULL;
+		values[L_CLASS] = p->error_class != NULL ? CStringGetTextDatum(p->error_class) : (Datum) 0;
+		nulls[L_STATUS] = p->status == 0;
+		values[L_STATUS] = Int32GetDatum(p->status);
+		nulls[L_CURL] = p->failure_code == 0;
+		values[L_CURL] = Int32GetDatum(p->failure_code);
+		nulls[L_MESSAGE] = p->message == NULL;
+		values[L_MESSAGE] = p->message != NULL ? CStringGetTextDatum(p->message) : (Datum) 0;
+		nulls[L_RESPONSE] = response == NULL;
+		values[L_RESPONSE] = response != NULL ? CStringGetTextDatum(response) : (Datum) 0;
+	}
+}
+
+/* Write the log. */
+static void
+write_log(AttemptLog *log)
+{
+	int			part;
+
+	if (log->n == 0)
+		return;
+	redrive_sql_one_row(&current_part, NULL, NULL);
+	part = (int) redrive_int64(0, "part");
+	for (int i = 0; i < log->n; i++)
+		log->values[i * L_COLUMNS + L_PART] = Int16GetDatum(part);
+	redrive_table_insert(psprintf("push_log_%d", part), L_COLUMNS, log->n, log->values, log->nulls);
+}
+
+/* Return an array made of n values; nulls may be NULL. */
+static Datum
+array_of(Oid type, int n, Datum *values, bool *nulls)
+{
+	int			dims[1] = {n};
+	int			lbs[1] = {1};
+	int16		len;
+	bool		byval;
+	char		align;
+
+	get_typlenbyvalalign(type, &len, &byval, &align);
+	return PointerGetDatum(construct_md_array(values, nulls, 1, dims, lbs, type, len, byval, align));
+}
+
+/* A push was answered, but not as its platform should. */
+static void
+reject(Push *p, const char *message)
+{
+	p->delivered = false;
+	p->charged = !p->is_probe;
+	p->error_class = "rejected";
+	p->message = message;
+	p->answer = NULL;
+}
+
+/* Find those whose answer is not what success_when wants. */
+static void
+judge(Push **pushes, int n)
+{
+	Push	  **answered = palloc(n * sizeof(Push *));
+	bool	   *fits = palloc0(n * sizeof(bool));
+	Datum	   *platforms = palloc(n * sizeof(Datum));
+	Datum	   *answers = palloc(n * sizeof(Datum));
+	int			n_answered = 0;
+	Datum		args[2];
+	uint64		rows;
+
+	for (int i = 0; i < n; i++)
+		if (pushes[i]->answer != NULL)
+		{
+			platforms[n_answered] = Int32GetDatum(pushes[i]->platform->platform_id);
+			answers[n_answered] = CStringGetTextDatum(pushes[i]->answer);
+			answered[n_answered++] = pushes[i];
+		}
+	if (n_answered == 0)
+		return;
+	args[0] = array_of(INT4OID, n_answered, platforms, NULL);
+	args[1] = array_of(TEXTOID, n_answered, answers, NULL);
+	rows = redrive_sql(&judge_answers, args, NULL);
+	for (uint64 row = 0; row < rows; row++)
+		fits[redrive_int64(row, "place") - 1] = true;
+	for (int i = 0; i < n_answered; i++)
+		if (!fits[i])
+			reject(answered[i], "success_when is not true of the answer.");
+}
+
+/* Write down those that were delivered. */
+static void
+record_delivered_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers)
+{
+	Datum	   *ids = palloc(n * sizeof(Datum));
+	Datum	   *attempts = palloc(n * sizeof(Datum));
+	Datum	   *statuses = palloc(n * sizeof(Datum));
+	Datum		args[4];
+	bool		any_built = false;
+
+	for (int i = 0; i < n; i++)
+	{
+		ids[i] = Int64GetDatum(pushes[i]->push_id);
+		attempts[i] = Int64GetDatum(pushes[i]->attempt_no);
+		statuses[i] = Int32GetDatum(pushes[i]->status);
+		any_built |= pushes[i]->platform->has_build;
+	}
+	args[0] = array_of(INT8OID, n, ids, NULL);
+	args[1] = array_of(INT8OID, n, attempts, NULL);
+	args[2] = array_of(INT4OID, n, statuses, NULL);
+	args[3] = TimestampTzGetDatum(GetCurrentTimestamp());
+	note_attempts(log, pushes, redrive_sql(&record_delivered, args, NULL), without_answers);
+	if (any_built)
+		(void) redrive_sql(&delete_bodies, args, NULL);
+}
+
+/* Write down those that were not. */
+static void
+record_failed_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers)
+{
+	enum
+	{
+		ID, ATTEMPT, PLATFORM, CHARGED, PERMANENT, BLOCKED, GIVEN_BACK, WAIT, CLASS, STATUS, MESSAGE, FINISHED, N_COLUMNS
+	};
+	static const Oid types[N_COLUMNS] = {
+		INT8OID, INT8OID, INT4OID, BOOLOID, BOOLOID, BOOLOID, BOOLOID, INT4OID, TEXTOID, INT4OID, TEXTOID, TIMESTAMPTZOID
+	};
+	Datum	   *values[N_COLUMNS];
+	bool	   *nulls[N_COLUMNS];
+	Datum		args[N_COLUMNS + 2];
+
+	for (int c = 0; c < N_COLUMNS; c++)
+	{
+		values[c] = palloc0(n * sizeof(Datum));
+		nulls[c] = palloc0(n * sizeof(bool));
+	}
+#define SET_TEXT(column, text) \
+	do { \
+		if ((text) != NULL) values[column][i] = CStringGetTextDatum(text); else nulls[column][i] = true; \
+	} while (0)
+	for (int i = 0; i < n; i++)
+	{
+		Push	   *p = pushes[i];
+
+		values[ID][i] = Int64GetDatum(p->push_id);
+		values[ATTEMPT][i] = Int64GetDatum(p->attempt_no);
+		values[PLATFORM][i] = Int32GetDatum(p->platform->platform_id);
+		values[CHARGED][i] = BoolGetDatum(p->charged);
+		values[PERMANENT][i] = BoolGetDatum(p->permanent);
+		values[BLOCKED][i] = BoolGetDatum(p->blocked);
+		values[GIVEN_BACK][i] = BoolGetDatum(p->given_back);
+		values[WAIT][i] = Int32GetDatum(p->wait_ms);
+		SET_TEXT(CLASS, p->error_class);
+		values[STATUS][i] = Int32GetDatum(p->status);
+		SET_TEXT(MESSAGE, p->message);
+		values[FINISHED][i] = TimestampTzGetDatum(p->finished_at);
+	}
+#undef SET_TEXT
+	for (int c = 0; c < N_COLUMNS; c++)
+		args[c] = array_of(types[c], n, values[c], nulls[c]);
+	args[N_COLUMNS] = TimestampTzGetDatum(GetCurrentTimestamp());
+	args[N_COLUMNS + 1] = Int32GetDatum(MAX_FREE_RETRIES);
+	note_attempts(log, pushes, redrive_sql(&record_failed, args, NULL), without_answers);
+}
+
+/*
+ * Write down what came of pushes.
+ *
+ * without_answers: leave out what platforms said, because it could not be
+ * stored; such pushes are not delivered if success_when wanted to see it.
+ */
+void
+redrive_record_pushes(Push **pushes, int n, bool without_answers)
+{
+	Push	  **delivered = palloc(n * sizeof(Push *));
+	Push	  **failed = palloc(n * sizeof(Push *));
+	int			n_delivered = 0,
+				n_failed = 0;
+	AttemptLog	log = {0};
+
+	if (!without_answers)
+		judge(pushes, n);
+	for (int i = 0; i < n; i++)
+	{
+		if (without_answers && pushes[i]->answer != NULL)
+			reject(pushes[i], "The answer cannot be read as JSON.");
+		if (pushes[i]->delivered)
+			delivered[n_delivered++] = pushes[i];
+		else
+			failed[n_failed++] = pushes[i];
+	}
+	log.values = palloc0(n * L_COLUMNS * sizeof(Datum));
+	log.nulls = palloc0(n * L_COLUMNS * sizeof(bool));
+	if (n_delivered > 0)
+		record_delivered_pushes(delivered, n_delivered, &log, without_answers);
+	if (n_failed > 0)
+		record_failed_pushes(failed, n_failed, &log, without_answers);
+	write_log(&log);
+}
