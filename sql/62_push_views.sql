@@ -53,6 +53,12 @@ CROSS JOIN LATERAL (
     WHERE l.platform_id = p.platform_id AND l.finished_at > now() - interval '5 min') AS r
 WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
 
+CREATE VIEW redrive._pushed WITH (security_barrier) AS
+SELECT l.finished_at, p.name AS platform, l.delivered, l.charged
+FROM redrive.push_log AS l
+JOIN redrive.platforms AS p ON p.platform_id = l.platform_id
+WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+
 CREATE VIEW redrive.http_requests WITH (security_barrier) AS
 SELECT h.requested_at, pg_get_userbyid(h.requested_by) AS role, h.method, h.host, h.ok, h.http_status, h.attempts, h.milliseconds, h.error
 FROM redrive.http_log AS h

@@ -108,42 +108,74 @@ LANGUAGE sql IMMUTABLE AS $$
         $4)
 $$;
 
--- The charts: what ended in each of up to 48 parts of the time.
+-- Up to 48 parts of the time, at round moments.
+CREATE FUNCTION redrive._report_parts(p_since interval, OUT part interval, OUT first timestamptz, OUT unit text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT x.b, date_bin(x.b, now() - $1, date_trunc('day', now())), 'per ' || x.n
+    FROM (VALUES (interval '1 min', 'minute'), ('5 min', '5 minutes'), ('15 min', '15 minutes'), ('30 min', '30 minutes'), ('1 hour', 'hour'),
+        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('1 day', 'day'), ('7 days', 'week'), ('30 days', '30 days'), ('365 days', '365 days')) AS x (b, n)
+    WHERE x.b * 48 >= $1 OR x.b >= interval '365 days'
+    ORDER BY x.b LIMIT 1
+$$;
+
+-- The charts: what ended in each part of the time.
 CREATE FUNCTION redrive._report_charts(p_since interval) RETURNS xml
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    v_bucket interval;
-    v_first timestamptz;
+    p record;
     v_times timestamptz[];
     v_good numeric[];
     v_ignored numeric[];
     v_failed numeric[];
     v_retry numeric[];
-    v_unit text;
 BEGIN
-    SELECT b, 'per ' || n INTO v_bucket, v_unit
-    FROM (VALUES (interval '1 min', 'minute'), ('5 min', '5 minutes'), ('15 min', '15 minutes'), ('30 min', '30 minutes'), ('1 hour', 'hour'),
-        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('1 day', 'day'), ('7 days', 'week'), ('30 days', '30 days'), ('365 days', '365 days')) AS x (b, n)
-    WHERE b * 48 >= p_since OR b >= interval '365 days'
-    ORDER BY b LIMIT 1;
-    v_first := date_bin(v_bucket, now() - p_since, date_trunc('day', now()));
+    SELECT * INTO p FROM redrive._report_parts(p_since);
     SELECT array_agg(t.at ORDER BY t.at), array_agg(coalesce(e.succeeded, 0) ORDER BY t.at), array_agg(coalesce(e.ignored, 0) ORDER BY t.at),
         array_agg(coalesce(e.failed, 0) ORDER BY t.at), array_agg(coalesce(e.done - e.succeeded - e.ignored - e.failed, 0) ORDER BY t.at)
     INTO v_times, v_good, v_ignored, v_failed, v_retry
-    FROM generate_series(v_first, now(), v_bucket) AS t (at)
+    FROM generate_series(p.first, now(), p.part) AS t (at)
     LEFT JOIN (
-        SELECT date_bin(v_bucket, x.finished_at, date_trunc('day', now())) AS at,
+        SELECT date_bin(p.part, x.finished_at, date_trunc('day', now())) AS at,
             sum(x.done) AS done, sum(x.succeeded) AS succeeded, sum(x.ignored) AS ignored, sum(x.failed) AS failed
         FROM redrive._ended AS x
-        WHERE x.finished_at >= v_first
+        WHERE x.finished_at >= p.first
         GROUP BY 1) AS e ON e.at = t.at;
     RETURN xmlconcat(
         redrive._report_section('throughput', 'Items done', 'Attempts by the time at which their chunk ended.',
-            redrive._report_chart('Items done over time', 'items ' || v_unit, v_times, ARRAY['succeeded', 'ignored', 'failed', 'to be retried'], ARRAY[1, 2, 3, 4],
+            redrive._report_chart('Items done over time', 'items ' || p.unit, v_times, ARRAY['succeeded', 'ignored', 'failed', 'to be retried'], ARRAY[1, 2, 3, 4],
                 ARRAY[v_good, v_ignored, v_failed, v_retry])),
         redrive._report_section('failures', 'Items that did not succeed', '',
-            redrive._report_chart('Items that did not succeed over time', 'items ' || v_unit, v_times, ARRAY['ignored', 'failed', 'to be retried'], ARRAY[2, 3, 4],
+            redrive._report_chart('Items that did not succeed over time', 'items ' || p.unit, v_times, ARRAY['ignored', 'failed', 'to be retried'], ARRAY[2, 3, 4],
                 ARRAY[v_ignored, v_failed, v_retry])));
+END
+$$;
+
+-- The same of pushes; nothing where there is no platform.
+CREATE FUNCTION redrive._report_pushes(p_since interval) RETURNS xml
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    p record;
+    v_times timestamptz[];
+    v_delivered numeric[];
+    v_charged numeric[];
+    v_free numeric[];
+BEGIN
+    IF NOT EXISTS (SELECT FROM redrive.platform_health) THEN
+        RETURN NULL;
+    END IF;
+    SELECT * INTO p FROM redrive._report_parts(p_since);
+    SELECT array_agg(t.at ORDER BY t.at), array_agg(coalesce(e.delivered, 0) ORDER BY t.at), array_agg(coalesce(e.charged, 0) ORDER BY t.at), array_agg(coalesce(e.free, 0) ORDER BY t.at)
+    INTO v_times, v_delivered, v_charged, v_free
+    FROM generate_series(p.first, now(), p.part) AS t (at)
+    LEFT JOIN (
+        SELECT date_bin(p.part, x.finished_at, date_trunc('day', now())) AS at,
+            count(*) FILTER (WHERE x.delivered) AS delivered, count(*) FILTER (WHERE NOT x.delivered AND x.charged) AS charged, count(*) FILTER (WHERE NOT x.delivered AND NOT x.charged) AS free
+        FROM redrive._pushed AS x
+        WHERE x.finished_at >= p.first
+        GROUP BY 1) AS e ON e.at = t.at;
+    RETURN redrive._report_section('pushes', 'Pushes', 'Attempts by the time at which they ended.',
+        redrive._report_chart('Pushes over time', 'attempts ' || p.unit, v_times, ARRAY['delivered', 'failed', 'failed at no cost'], ARRAY[1, 3, 4],
+            ARRAY[v_delivered, v_charged, v_free]));
 END
 $$;
 
@@ -195,6 +227,8 @@ BEGIN
         SELECT 5, 'tile-stale', 'batches stale', count(*), true FROM redrive.stale_batches
         UNION ALL
         SELECT 6, 'tile-workers', 'workers', count(*), false FROM redrive.workers
+        UNION ALL
+        SELECT 7, 'tile-due', 'pushes due', coalesce(sum(h.due), 0), false FROM redrive.platform_health AS h
     ) AS t (place, id, label, value, bad);
 
     v_body := xmlconcat(
@@ -232,6 +266,12 @@ BEGIN
             redrive._report_section('passes', 'Passes', 'The last run of each.', redrive._report_table(
                 $q$SELECT DISTINCT ON (p.pass) p.pass, to_char(p.started_at, 'YYYY-MM-DD HH24:MI:SS') AS started, round(extract(epoch FROM p.finished_at - p.started_at) * 1000, 1) AS "ms", p.acted AS "rows", p.detail
                 FROM redrive.pass_history AS p ORDER BY p.pass, p.started_at DESC$q$, 'No pass has run: see redrive.schedule_passes().')),
+            redrive._report_section('platforms', 'Platforms', '', redrive._report_table(
+                $q$SELECT h.platform, CASE WHEN h.paused THEN 'paused' WHEN h.breaker = 'closed' THEN 'on' ELSE 'breaker ' || replace(h.breaker::text, '_', ' ') END AS state, coalesce(h.reason, '') AS reason,
+                    to_char(h.blocked_until, 'YYYY-MM-DD HH24:MI:SS') AS until, h.due, h.oldest_due_age::text AS "oldest due", h.in_flight AS "in flight", h.waiting AS "waiting for retry", h.dead AS "given up", h.blocked,
+                    h.attempts, h.delivered, h.per_second AS "pushes/s", h.p50_ms AS "median ms", h.p95_ms AS "95 % ms", to_char(h.last_delivered_at, 'YYYY-MM-DD HH24:MI:SS') AS "last delivered"
+                FROM redrive.platform_health AS h ORDER BY h.platform$q$, 'There are no platforms.')),
+            redrive._report_pushes(since),
             CASE WHEN has_function_privilege('redrive.doctor()', 'EXECUTE') THEN
                 redrive._report_section('doctor', 'Findings of doctor()', '', redrive._report_table(
                     'SELECT d.severity, d.finding, d.remedy FROM redrive.doctor() AS d', 'Nothing is wrong.')) END),
@@ -243,4 +283,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION redrive.report_html IS
-'One self-contained HTML page: batches, throughput and failures over the time given, failure groups, retries, stale batches, workers, passes, and what doctor() finds. It shows the caller what the views show. Write it to a file: psql -XAtc "select redrive.report_html()" > report.html. Errors: 22004 NULL, 22023 not from 1 minute to 20 years.';
+'One self-contained HTML page: batches, throughput and failures over the time given, failure groups, retries, stale batches, workers, passes, platforms and their pushes, and what doctor() finds. It shows the caller what the views show. Write it to a file: psql -XAtc "select redrive.report_html()" > report.html. Errors: 22004 NULL, 22023 not from 1 minute to 20 years.';

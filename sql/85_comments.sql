@@ -490,11 +490,14 @@ COMMENT ON FUNCTION redrive._take_work IS 'Take some work of a handler for an ex
 COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an external worker settled';
 
 COMMENT ON VIEW redrive._ended IS 'Chunks that have ended, with their counts';
+COMMENT ON VIEW redrive._pushed IS 'Attempts to push, as the report counts them';
 COMMENT ON FUNCTION redrive._report_table IS 'The rows of a query as a table of the report';
 COMMENT ON FUNCTION redrive._report_number IS 'A number as people read it';
 COMMENT ON FUNCTION redrive._report_chart IS 'Stacked columns over time as SVG, with the same numbers as a table';
 COMMENT ON FUNCTION redrive._report_section IS 'One part of the report';
 COMMENT ON FUNCTION redrive._report_charts IS 'The charts of the report: items over time';
+COMMENT ON FUNCTION redrive._report_parts IS 'Parts of the time that a report is about';
+COMMENT ON FUNCTION redrive._report_pushes IS 'Chart of the pushes of a report';
 
 -- the task centre
 COMMENT ON COLUMN redrive.platforms.platform_id IS 'Number of the platform';

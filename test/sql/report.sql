@@ -72,6 +72,33 @@ SET SESSION AUTHORIZATION regress_report_monitor;
 SELECT (xpath('//li[@id="tile-done"]/b/text()', body()))::text AS done, redrive.report_html() LIKE '%alert(1)%' AS told, cells(body(), 'groups') LIKE '%|–|%' AS hidden LIMIT 1;
 RESET SESSION AUTHORIZATION;
 
+-- Platforms: the numbers of platform_health and push_attempts.
+SET SESSION AUTHORIZATION regress_report_owner;
+BEGIN;
+SELECT redrive.create_platform('<i>crm</i>', 'https://crm.example/?secret', headers => '{"x-key": "secret"}');
+SELECT redrive.pause_platform('<i>crm</i>');
+COMMIT;
+SELECT redrive.set_platform_secret('<i>crm</i>', 'bearer', 'secret');
+SELECT count(redrive.record_task('secret ' || n, '<b>done</b>', '"secret"')) FROM generate_series(1, 7) AS n;
+RESET SESSION AUTHORIZATION;
+UPDATE redrive.pushes SET state = 'dead', message = 'secret' WHERE push_id = (SELECT min(push_id) FROM redrive.pushes);
+UPDATE redrive.platform_states SET breaker = 'half_open', reason = '<u>not</u> well', attempts = 6, delivered = 3, blocked_until = '2000-01-01';
+INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, message, response)
+SELECT 0, p.push_id, n, p.platform_id, 1, now(), now(), n <= 3, n <= 5, false, 'secret', 'secret'
+FROM (SELECT * FROM redrive.pushes ORDER BY push_id LIMIT 1) AS p CROSS JOIN generate_series(1, 6) AS n;
+SET SESSION AUTHORIZATION regress_report_monitor;
+SELECT regexp_replace(c, '\|@ [^|]*\|', '|AGE|') AS c FROM cells(body(), 'platforms') AS c;
+SELECT xpath('//section[@id="pushes"]//tbody//td[@class="n"]/text()', body())::text = (
+        SELECT array[count(*) FILTER (WHERE delivered), count(*) FILTER (WHERE NOT delivered AND charged), count(*) FILTER (WHERE NOT delivered AND NOT charged)]::text
+        FROM redrive.push_attempts) AS as_the_view,
+    xpath('//section[@id="pushes"]//tbody//td[@class="n"]/text()', body())::text AS numbers,
+    (xpath('//li[@id="tile-due"]/b/text()', body()))[1]::text::numeric = (SELECT sum(due) FROM redrive.platform_health) AS due,
+    redrive.report_html() ~ 'secret|<i>|<u>' AS told;
+SET SESSION AUTHORIZATION regress_report_other;
+SELECT xpath('//section[@id="platforms"]//p/text()', body())::text AS platforms, xpath('//section[@id="pushes"]', body())::text AS pushes, redrive.report_html() LIKE '%crm%' AS told;
+RESET SESSION AUTHORIZATION;
+SELECT redrive.drop_platform('<i>crm</i>');
+
 -- Other times: the parts of a chart, at most 49.
 SELECT s AS since, xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="start"]/text()', body(s))::text AS unit
 FROM unnest(ARRAY['1 min', '1 hour', '24 hours', '10 days', '1 year', '20 years']::interval[]) AS s;

@@ -58,6 +58,21 @@ SELECT redrive.create_handler('approve', 'approve', retry_delay => '1 h');
 SELECT redrive.submit_query('approve', 'SELECT NULL::text, jsonb_build_object(''n'', n) FROM generate_series(1, 50) AS n', label => 'first');
 SELECT redrive.submit_query('approve', 'SELECT NULL::text, ''{}''::jsonb FROM generate_series(1, 7)', label => 'tomorrow', run_at => now() + interval '1 day');
 SELECT redrive.rescue_stale();
+BEGIN;
+SELECT redrive.create_platform('crm', 'https://crm.example/');
+SELECT redrive.pause_platform('crm');
+COMMIT;
+SELECT redrive.record_task('form ' || n, 'secret status') FROM generate_series(1, 12) AS n;
+-- what the pusher would write: 3 under way, 4 waiting, 2 given up; 5 attempts five minutes ago, of which one was delivered
+WITH u AS (SELECT push_id, row_number() OVER (ORDER BY push_id) AS n FROM redrive.pushes)
+UPDATE redrive.pushes AS p SET state = CASE WHEN n <= 3 THEN 'in_flight' WHEN n <= 7 THEN 'waiting' WHEN n <= 9 THEN 'dead' ELSE 'pending' END::redrive.push_state,
+    lease_until = CASE WHEN n <= 3 THEN now() + interval '1 h' END, lease_owner = CASE WHEN n <= 3 THEN 1 END, message = 'secret message',
+    next_attempt_at = now() + CASE WHEN n <= 7 THEN interval '1 h' ELSE interval '-10 min' END
+FROM u WHERE u.push_id = p.push_id;
+INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, message)
+SELECT r.part, push_id, 1, platform_id, 1, now() - interval '3 min', now() - interval '2 min', push_id = min(push_id) OVER (), true, false, 'secret message'
+FROM redrive.pushes CROSS JOIN redrive.rotation AS r ORDER BY push_id LIMIT 5;
+UPDATE redrive.platform_states SET breaker = 'open', reason = 'it answers 503';
 SQL
 	ok(poll_until($node, "SELECT succeeded = 49 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
 
@@ -83,6 +98,17 @@ SQL
 	is($value->('pg_redrive_workers_executors', ''), 1, 'one executor');
 	is($value->('pg_redrive_pass_age_seconds', 'pass="purge"'), '+Inf', 'a pass that never ran');
 	cmp_ok($value->('pg_redrive_pass_age_seconds', 'pass="rescue_stale"'), '<', 600, 'a pass that did');
+	is($value->('pg_redrive_platform_due', 'platform="crm"'), 3, 'pushes that are due');
+	cmp_ok($value->('pg_redrive_platform_oldest_due_seconds', 'platform="crm"'), '>=', 600, 'since when');
+	is($value->('pg_redrive_platform_in_flight', 'platform="crm"'), 3, 'pushes under way');
+	is($value->('pg_redrive_platform_waiting', 'platform="crm"'), 4, 'pushes that wait');
+	is($value->('pg_redrive_platform_dead', 'platform="crm"'), 2, 'pushes that were given up');
+	is($value->('pg_redrive_platform_breaker_open', 'platform="crm"'), 1, 'the breaker');
+	is($value->('pg_redrive_platform_paused', 'platform="crm"'), 1, 'the platform is paused');
+	is($value->('pg_redrive_platform_recent_attempts', 'platform="crm"'), 5, 'attempts');
+	is($value->('pg_redrive_platform_recent_failed', 'platform="crm"'), 4, 'failed attempts');
+	is($value->('pg_redrive_pass_age_seconds', 'pass="push_tasks"'), '+Inf', 'the pass of the pushes never ran');
+	unlike($page, qr/secret|form \d/, 'no statuses, messages or keys');
 	$node->stop;
 }
 
