@@ -20,6 +20,8 @@ OBJS        = $(patsubst %.c,%.o,$(sort $(wildcard src/*.c src/*/*.c)))
 SQL_PARTS   = $(sort $(wildcard sql/[0-9]*.sql))
 DATA_built  = $(EXTENSION)--$(EXTVERSION).sql
 DATA        = $(wildcard sql/upgrade/$(EXTENSION)--*--*.sql)
+# beside psql
+SCRIPTS     = scripts/redrive-top
 EXTRA_CLEAN = $(DATA_built) tmp_check tmp_layout tmp_regress tmp_isolation
 
 # PGXS adds -I for the server's headers too; -isystem keeps warnings about them quiet
