@@ -18,8 +18,10 @@ OBJS        = $(patsubst %.c,%.o,$(sort $(wildcard src/*.c src/*/*.c)))
 
 # the parts of the install script are numbered: the number is the order
 SQL_PARTS   = $(sort $(wildcard sql/[0-9]*.sql))
-DATA_built  = $(EXTENSION)--$(EXTVERSION).sql
-DATA        = $(wildcard sql/upgrade/$(EXTENSION)--*--*.sql)
+# what was released stays as it was; the script from each release that sql/upgrade/ knows of is made anew
+UPGRADES    = $(patsubst sql/upgrade/%.sql,$(EXTENSION)--%.sql,$(wildcard sql/upgrade/*--$(EXTVERSION).sql))
+DATA_built  = $(EXTENSION)--$(EXTVERSION).sql $(UPGRADES)
+DATA        = $(wildcard sql/releases/$(EXTENSION)--*.sql)
 # beside psql
 SCRIPTS     = scripts/redrive-top
 EXTRA_CLEAN = $(DATA_built) tmp_check tmp_layout tmp_regress tmp_isolation
@@ -62,8 +64,11 @@ include $(PGXS)
 
 PROVE_FLAGS += -I $(CURDIR)/test/perl
 
-$(DATA_built): $(SQL_PARTS) $(EXTENSION).control
+$(EXTENSION)--$(EXTVERSION).sql: $(SQL_PARTS) $(EXTENSION).control
 	cat $(SQL_PARTS) > $@
+
+$(UPGRADES): $(EXTENSION)--%--$(EXTVERSION).sql: sql/upgrade/%--$(EXTVERSION).sql scripts/upgrade-script $(SQL_PARTS)
+	scripts/upgrade-script $* $(EXTVERSION) > $@
 
 # PGXS does not track headers
 $(OBJS): $(wildcard src/*.h src/*/*.h) $(EXTENSION).control

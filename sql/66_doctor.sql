@@ -4,19 +4,29 @@
 --
 -- error = batches do not run, or rows are wrong; warning = it will make trouble.
 
+-- Three versions: that of the library, that of the SQL objects, and that of the files on disk.
+CREATE FUNCTION redrive._doctor_version(p_library text, p_objects text, p_files text) RETURNS TABLE (severity text, finding text, remedy text)
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT 'error', format('The library is of version %s, the SQL objects of this database are of version %s.', $1, $2),
+        CASE WHEN $3 = $1 THEN 'ALTER EXTENSION pg_redrive UPDATE;'
+            WHEN $3 = $2 THEN 'restart the server: it has the library of before'
+            ELSE 'restart the server, if new files were installed since it started; then ALTER EXTENSION pg_redrive UPDATE;' END
+    WHERE $1 <> $2
+    UNION ALL
+    SELECT 'warning', format('Files of version %s are installed, and the server still runs version %s.', $3, $2), 'restart the server; then ALTER EXTENSION pg_redrive UPDATE;'
+    WHERE $1 = $2 AND $3 <> $2
+$$;
+
 CREATE FUNCTION redrive._doctor_settings() RETURNS TABLE (severity text, finding text, remedy text)
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     w record;
-    v_version text;
     v_wanted int;
 BEGIN
     SELECT * INTO w FROM redrive._processes();
-    v_version := (SELECT e.extversion FROM pg_extension AS e WHERE e.extname = 'pg_redrive');
-    IF redrive._library_version() <> v_version THEN
-        RETURN QUERY VALUES ('error', format('The library is of version %s, the SQL objects of this database are of version %s.', redrive._library_version(), v_version),
-            'restart the server, if new files were installed since it started; then ALTER EXTENSION pg_redrive UPDATE;');
-    END IF;
+    RETURN QUERY
+    SELECT v.* FROM redrive._doctor_version(redrive._library_version(), (SELECT e.extversion FROM pg_extension AS e WHERE e.extname = 'pg_redrive'),
+        (SELECT a.default_version FROM pg_available_extensions AS a WHERE a.name = 'pg_redrive')) AS v;
 
     IF NOT redrive._preloaded() THEN
         RETURN QUERY VALUES ('error', format('pg_redrive is not preloaded, so there are no workers: shared_preload_libraries is "%s".', current_setting('shared_preload_libraries')),

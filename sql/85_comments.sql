@@ -458,6 +458,7 @@ COMMENT ON FUNCTION redrive._doctor_handlers IS 'For the doctor: handlers that c
 COMMENT ON FUNCTION redrive._doctor_passes IS 'For the doctor: whether the passes run';
 COMMENT ON FUNCTION redrive._doctor_rows IS 'For the doctor: rows that point nowhere, and stale batches';
 COMMENT ON FUNCTION redrive._doctor_server IS 'For the doctor: what hinders vacuum, and the clock';
+COMMENT ON FUNCTION redrive._doctor_version IS 'Findings about the versions of library, SQL objects and files';
 COMMENT ON FUNCTION redrive._doctor_settings IS 'For the doctor: settings, versions and processes';
 COMMENT ON FUNCTION redrive._handler_problems IS 'What keeps a handler from running, whatever the batch';
 COMMENT ON FUNCTION redrive._is_monitor IS 'Whether a role may see counts of all batches';

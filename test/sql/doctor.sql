@@ -222,3 +222,12 @@ SELECT redrive.cancel_batch(batch_id) FROM redrive.batch_progress WHERE state NO
 SELECT redrive.drop_handler(name) FROM redrive.handlers ORDER BY name \g /dev/null
 DROP OWNED BY regress_doctor_a, regress_doctor_monitor;
 DROP ROLE regress_doctor_a, regress_doctor_monitor;
+
+-- Versions of the library, the SQL objects and the files: each that differs has a remedy.
+SELECT v.*, d.severity, d.remedy
+FROM (VALUES ('1.1', '1.1', '1.1'), ('1.1', '1.0', '1.1'), ('1.0', '1.1', '1.1'), ('1.0', '1.0', '1.1'), ('1.0', '1.1', '1.2')) AS v (library, objects, files)
+LEFT JOIN redrive._doctor_version(v.library, v.objects, v.files) AS d ON true;
+BEGIN;
+UPDATE pg_extension SET extversion = '0.9' WHERE extname = 'pg_redrive';
+SELECT severity, remedy ~ 'ALTER EXTENSION pg_redrive UPDATE;$' AS told FROM redrive.doctor() WHERE finding LIKE 'The library%0.9.';
+ROLLBACK;
