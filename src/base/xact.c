@@ -17,6 +17,7 @@
 #include "nodes/parsenodes.h"
 #include "pgstat.h"
 #include "utils/guc.h"
+#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
@@ -73,6 +74,23 @@ redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what)
 				 errmsg("%s cannot be called in a transaction block", what),
 				 errdetail("It commits as it goes."),
 				 errhint("CALL it at top level, outside BEGIN and outside functions.")));
+}
+
+/*
+ * Refuse to run an SQL function of ours that writes where nothing can be
+ * written, before PostgreSQL does so in words about our tables.
+ */
+void
+redrive_require_writable(FunctionCallInfo fcinfo)
+{
+	if (!XactReadOnly)
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+			 errmsg("redrive.%s() cannot be called in a read-only transaction", get_func_name(fcinfo->flinfo->fn_oid)),
+			 RecoveryInProgress() ? errdetail("This server is a standby.") : 0,
+			 RecoveryInProgress() ? errhint("Connect to the primary.") :
+			 errhint("BEGIN READ WRITE, or look whether default_transaction_read_only is on.")));
 }
 
 /* Begin a transaction that only reads catalogs, without SPI. */

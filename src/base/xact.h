@@ -18,6 +18,7 @@ extern void redrive_worker_begin(void);
 extern void redrive_worker_end(void);
 extern void redrive_worker_abort(void);
 extern void redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what);
+extern void redrive_require_writable(FunctionCallInfo fcinfo);
 extern void redrive_connect_nonatomic(void);
 extern void redrive_reconnect(void);
 extern void redrive_commit(void);

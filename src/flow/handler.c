@@ -14,6 +14,7 @@
 
 #include "catalog/namespace.h"
 #include "catalog/pg_authid.h"
+#include "catalog/pg_namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "funcapi.h"
@@ -137,6 +138,23 @@ qualified_name(Oid funcid, const char *what, bool set_allowed)
 	return CStringGetTextDatum(quote_qualified_identifier(namespace, name));
 }
 
+/* Say which functions of a name users have made, as a sentence, or "" if there are none. */
+static char *
+functions_named(const char *given)
+{
+	List	   *names = redrive_name_list(pnstrdup(given, strcspn(given, "(")));
+	StringInfoData list;
+
+	initStringInfo(&list);
+	for (FuncCandidateList c = FuncnameGetCandidates(names, -1, NIL, false, false, false, true); c != NULL; c = c->next)
+		if (get_func_namespace(c->oid) != PG_CATALOG_NAMESPACE)
+			appendStringInfo(&list, "%s%s%s", list.len == 0 ? "There is " : ", ",
+							 get_func_prokind(c->oid) == PROKIND_PROCEDURE ? "procedure " : "", format_procedure(c->oid));
+	if (list.len > 0)
+		appendStringInfoString(&list, ". ");
+	return list.data;
+}
+
 /*
  * Find the function of a row or set handler that a user means: "f", "schema.f" or
  * with argument types.  Looks in the caller's search_path.
@@ -147,13 +165,23 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 	const HandlerSignature last = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_ITEM;
 	Oid			found = InvalidOid;
 	Oid			exact = InvalidOid;
+	const bool	has_types = strchr(given, '(') != NULL;
 
-	if (strchr(given, '(') != NULL)
-		exact = DatumGetObjectId(DirectFunctionCall1(regprocedurein, CStringGetDatum(given)));
+	if (has_types)
+	{
+		LOCAL_FCINFO(call, 1);
+		Datum		procedure;
+
+		InitFunctionCallInfoData(*call, NULL, 1, InvalidOid, NULL, NULL);
+		call->args[0].value = CStringGetTextDatum(given);
+		call->args[0].isnull = false;
+		procedure = to_regprocedure(call);
+		exact = call->isnull ? InvalidOid : DatumGetObjectId(procedure);
+	}
 
 	for (HandlerSignature s = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_PAYLOAD; s <= last; s++)
 	{
-		Oid			candidate;
+		Oid			candidate = InvalidOid;
 
 		if (OidIsValid(exact))
 		{
@@ -165,7 +193,7 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 			candidate = nargs == signature_types(s, types) &&
 				memcmp(actual, types, nargs * sizeof(Oid)) == 0 ? exact : InvalidOid;
 		}
-		else
+		else if (!has_types)
 			candidate = redrive_find_function(given, s, true);
 		if (!OidIsValid(candidate))
 			continue;
@@ -179,12 +207,17 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 		*signature = s;
 	}
 	if (!OidIsValid(found))
+	{
+		char	   *seen = functions_named(given);
+
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
 				 errmsg("function \"%s\" does not exist or does not fit a %s handler", given, is_set_handler ? "set" : "row"),
-				 is_set_handler ? errdetail("A set handler is a function of (items redrive.item[]).") :
-				 errdetail("A row handler is a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item)."),
+				 is_set_handler ? errdetail("%sA set handler is a function of (items redrive.item[]).", seen) :
+				 errdetail("%sA row handler is a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item).", seen),
+				 seen[0] != '\0' ? errhint("Give it these arguments, or call it from a function that has them.") :
 				 errhint("Create the function first, or write its schema if it is not in search_path.")));
+	}
 	return found;
 }
 
@@ -254,6 +287,8 @@ redrive_dispatch(FunctionCallInfo fcinfo, int nargs, Oid *argtypes, Datum *value
 	Datum		result;
 	bool		isnull;
 
+	if (func_volatile(fcinfo->flinfo->fn_oid) == PROVOLATILE_VOLATILE)
+		redrive_require_writable(fcinfo);
 	redrive_connect();
 	if (run_internal(fcinfo, "SELECT %s AS result", nargs, argtypes, values, nulls) != 1)
 		elog(ERROR, "an internal function did not return one row");

@@ -211,6 +211,7 @@ redrive_claim_external(PG_FUNCTION_ARGS)
 	bool		claimed;
 
 	InitMaterializedSRF(fcinfo, 0);
+	redrive_require_writable(fcinfo);
 	redrive_connect();
 	claimed = claim_or_wait(fcinfo, &found);
 	ConditionVariableCancelSleep();

@@ -285,6 +285,7 @@ submit_items(Submission *submission, int n, Datum *payloads, Datum *keys, bool *
 static void
 common_arguments(FunctionCallInfo fcinfo, Submission *submission, int first)
 {
+	redrive_require_writable(fcinfo);
 	submission->handler = PG_ARGISNULL(0) ? NULL : PG_GETARG_TEXT_PP(0);
 	submission->run_at = PG_GETARG_DATUM(first);
 	submission->run_at_isnull = PG_ARGISNULL(first);
@@ -319,6 +320,7 @@ redrive_send(PG_FUNCTION_ARGS)
 	Datum		key;
 	bool		key_isnull = PG_ARGISNULL(2);
 
+	redrive_require_writable(fcinfo);
 	submission.handler = PG_ARGISNULL(0) ? NULL : PG_GETARG_TEXT_PP(0);
 	if (PG_ARGISNULL(1))
 		ereport(ERROR,
@@ -390,6 +392,7 @@ redrive_add_items(PG_FUNCTION_ARGS)
 	BlockWriter *writer;
 	int			n;
 
+	redrive_require_writable(fcinfo);
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),

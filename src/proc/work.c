@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "access/xlog.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
@@ -52,6 +53,22 @@ deadline_after(FunctionCallInfo fcinfo, int arg)
 												   PG_GETARG_DATUM(arg)));
 }
 
+/* Work for handlers of others is not done: say so to those who have none. */
+static void
+notice_no_handler(void)
+{
+	static RedriveSql any_handler = {
+		"SELECT EXISTS (SELECT FROM redrive.handlers AS h WHERE h.owner::oid = $1) AS found",
+		1, {OIDOID}
+	};
+	Datum		owner = ObjectIdGetDatum(GetUserId());
+
+	if (redrive_sql(&any_handler, &owner, NULL) == 1 && !redrive_bool(0, "found"))
+		ereport(NOTICE,
+				(errmsg("role \"%s\" owns no handler", GetUserNameFromId(GetUserId(), false)),
+				 errhint("redrive.work() runs the batches of handlers that the caller owns: call it as their owner.")));
+}
+
 /*
  * SQL: CALL work(max_time, until_idle)
  *
@@ -70,6 +87,8 @@ redrive_work(PG_FUNCTION_ARGS)
 	bool		save_read_only = DefaultXactReadOnly;
 
 	redrive_require_nonatomic(fcinfo, "redrive.work()");
+	if (RecoveryInProgress())
+		redrive_require_writable(fcinfo);
 	if (redrive_shared != NULL)
 		slot = redrive_slot_take(MyDatabaseId, GetUserId(), true);
 	if (slot == NULL)
@@ -81,6 +100,7 @@ redrive_work(PG_FUNCTION_ARGS)
 	PG_TRY();
 	{
 		redrive_connect_nonatomic();
+		notice_no_handler();
 		/* as in an executor, whatever the session has by default */
 		DefaultXactIsoLevel = XACT_READ_COMMITTED;
 		DefaultXactReadOnly = false;

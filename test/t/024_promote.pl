@@ -48,6 +48,14 @@ my $submitter = IPC::Run::start([ 'psql', '-X', '-d', $primary->connstr('postgre
 	'<', \undef, '>', \$out, '2>', \$err);
 $primary->safe_psql('postgres', "CALL await('SELECT count(*) > 300 FROM effects')");
 $primary->wait_for_catchup($standby, 'replay', $primary->lsn('insert'));
+
+# what writes says where to go, what reads works; fails without redrive_require_writable()
+foreach my $statement (q{SELECT redrive.submit('work', ARRAY['1']::jsonb[])}, q{SELECT redrive.pause_handler('work')}, 'CALL redrive.work()')
+{
+	(undef, undef, my $said) = $standby->psql('postgres', $statement);
+	like($said, qr/cannot be called in a read-only transaction.*DETAIL:  This server is a standby\.\nHINT:  Connect to the primary/s, "on a standby: $statement");
+}
+like($standby->safe_psql('postgres', "SELECT w.fact FROM redrive.batch_progress AS b, redrive.why(b.batch_id) AS w WHERE b.state = 'running' LIMIT 1"), qr/\w/, 'on a standby: why()');
 kill_postmaster($primary);
 eval { $submitter->finish };
 
