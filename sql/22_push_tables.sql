@@ -145,6 +145,7 @@ CREATE TABLE redrive.pushes (
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, next_attempt_at) WHERE state IN ('pending', 'waiting') AND NOT awaits_build;
 CREATE INDEX pushes_build_idx ON redrive.pushes (platform_id, next_attempt_at) WHERE state IN ('pending', 'waiting') AND awaits_build;
 CREATE INDEX pushes_lease_idx ON redrive.pushes (lease_until) WHERE state = 'in_flight';
+CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
 COMMENT ON TABLE redrive.pushes IS 'One row per task and platform: what is wanted there, what was delivered, and the next attempt';
 
 -- Bodies made by a platform's build function, in an executor of its owner.

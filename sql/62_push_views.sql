@@ -43,8 +43,16 @@ CROSS JOIN LATERAL (
         count(*) FILTER (WHERE u.state = 'dead') AS dead,
         count(*) FILTER (WHERE u.state = 'blocked') AS blocked,
         now() - min(u.next_attempt_at) FILTER (WHERE u.state IN ('pending', 'waiting') AND u.next_attempt_at <= now()) AS oldest_due_age
-    FROM redrive.pushes AS u
-    WHERE u.platform_id = p.platform_id AND u.state <> 'delivered') AS q
+    FROM (
+        -- one part for each partial index: what is delivered is not read
+        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting') AND NOT x.awaits_build
+        UNION ALL
+        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting') AND x.awaits_build
+        UNION ALL
+        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state = 'in_flight'
+        UNION ALL
+        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('dead', 'blocked')
+    ) AS u) AS q
 CROSS JOIN LATERAL (
     SELECT count(*) AS n,
         round((percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM l.finished_at - l.started_at)) * 1000)::numeric, 1) AS p50_ms,

@@ -1,2 +1,5 @@
 -- What scripts/upgrade-script cannot derive: changes of types, tables and indexes, rows that come with the extension, and functions
 -- and views that are dropped, or of which the result or the arguments change (DROP them here; they are made anew below).
+
+CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
+
