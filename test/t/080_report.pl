@@ -28,6 +28,15 @@ SELECT redrive.create_handler('approve_with_quite_a_long_name', 'approve');
 SELECT redrive.submit_query('approve_with_quite_a_long_name', 'SELECT NULL::text, jsonb_build_object(''n'', n) FROM generate_series(1, 50) AS n', label => 'first');
 SELECT redrive.submit_query('approve_with_quite_a_long_name', 'SELECT NULL::text, ''{}''::jsonb FROM generate_series(1, 50)', label => 'tomorrow', run_at => now() + interval '1 day');
 SELECT redrive.rescue_stale();
+BEGIN;
+SELECT redrive.create_platform('<script>console.error("from a name")</script>' || repeat('wide', 10), 'https://crm.example/');
+SELECT redrive.create_platform('erp', 'https://erp.example/');
+SELECT redrive.pause_platform(name) FROM redrive.platforms;
+COMMIT;
+SELECT count(redrive.record_task('form ' || n, 'done')) FROM generate_series(1, 30) AS n;
+UPDATE redrive.platform_states SET breaker = 'open', reason = 'it answers <b>503</b>', blocked_until = now() + interval '1 min';
+INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe)
+SELECT r.part, push_id, 1, platform_id, 1, now(), now() - push_id * interval '10 min', push_id % 3 > 0, push_id % 2 = 0, false FROM redrive.pushes CROSS JOIN redrive.rotation AS r;
 SQL
 ok( poll_until($node, "SELECT succeeded = 48 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
 
@@ -35,6 +44,8 @@ ok( poll_until($node, "SELECT succeeded = 48 FROM redrive.batch_progress WHERE l
 my $dir = PostgreSQL::Test::Utils::tempdir;
 my $page = $node->safe_psql('postgres', 'SELECT redrive.report_html()');
 ok(index($page, 'wide' x 50) > 0, 'the message of the user is in it');
+like($page, qr/&lt;script&gt;console.error\("from a name"\)/, 'and the name of a platform');
+like($page, qr/<section id="pushes"/, 'and a chart of pushes');
 
 # run the browser on a page; return what it printed and what it said
 sub browse
