@@ -37,6 +37,7 @@ CREATE TABLE redrive.platforms (
     paused boolean NOT NULL DEFAULT false,
     config_version bigint NOT NULL DEFAULT 1,
     needs_plan boolean NOT NULL DEFAULT true,
+    planned_at timestamptz,
     secrets redrive.secret_kind[] NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT platforms_pkey PRIMARY KEY (platform_id),
