@@ -39,6 +39,7 @@ CREATE TABLE redrive.platforms (
     needs_plan boolean NOT NULL DEFAULT true,
     secrets redrive.secret_kind[] NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
+    planned_at timestamptz,
     CONSTRAINT platforms_pkey PRIMARY KEY (platform_id),
     CONSTRAINT platforms_name_key UNIQUE (name),
     CONSTRAINT platforms_name_check CHECK (name <> '' AND length(name) <= 100),

@@ -9,6 +9,13 @@ LANGUAGE plpgsql AS $$
 DECLARE
     v_count bigint;
 BEGIN
+    -- one that is being dropped, or gets another build function, is waited for, before any push is locked
+    PERFORM
+    FROM redrive.platforms AS p
+    WHERE p.owner IN (SELECT t.owner FROM unnest(p_task_ids) AS n (task_id) CROSS JOIN LATERAL (SELECT x.owner FROM redrive.tasks AS x WHERE x.task_id = n.task_id OFFSET 0) AS t)
+      AND p.platform_id = coalesce(p_platform_id, p.platform_id)
+    ORDER BY p.platform_id
+    FOR KEY SHARE OF p;
     INSERT INTO redrive.pushes AS u (task_id, platform_id, wanted_version, wanted_status, awaits_build)
     SELECT t.task_id, p.platform_id, t.version, t.status, p.build IS NOT NULL
     FROM unnest(p_task_ids) AS n (task_id)

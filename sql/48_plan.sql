@@ -1,13 +1,12 @@
 -- Plan: the pass push_tasks, the net under what record_task() does at once.
 
--- Let a platform have what it has not: the tasks of its owner that changed
--- within its window, in portions.  Returns how many.
-CREATE FUNCTION redrive._plan_platform(p_platform_id int, p_as_of timestamptz) RETURNS bigint
+-- Let a platform have what it has not: a portion of the tasks of its owner that
+-- changed within its window.  There may be more of them.
+CREATE FUNCTION redrive._plan_platform(p_platform_id int, p_as_of timestamptz, OUT planned bigint, OUT more boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
     c_portion constant int := 50000;
     v_ids bigint[];
-    v_count bigint;
 BEGIN
     SELECT array_agg(x.task_id) INTO v_ids
     FROM (
@@ -17,9 +16,23 @@ BEGIN
         WHERE p.platform_id = p_platform_id
           AND NOT EXISTS (SELECT FROM redrive.pushes AS u WHERE u.task_id = t.task_id AND u.platform_id = p.platform_id)
         LIMIT c_portion) AS x;
-    v_count := CASE WHEN v_ids IS NULL THEN 0 ELSE redrive._plan_tasks(v_ids, p_platform_id) END;
-    UPDATE redrive.platforms SET needs_plan = coalesce(cardinality(v_ids), 0) = c_portion WHERE platform_id = p_platform_id;
-    RETURN v_count;
+    planned := CASE WHEN v_ids IS NULL THEN 0 ELSE redrive._plan_tasks(v_ids, p_platform_id) END;
+    more := coalesce(cardinality(v_ids), 0) = c_portion;
+END
+$$;
+
+-- Is a transaction still open that began before?  What it records, it records
+-- perhaps without having seen what was committed since.  When a prepared one
+-- began cannot be told, nor any one of a session without track_activities.
+CREATE FUNCTION redrive._older_transaction(p_at timestamptz) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_stat_clear_snapshot();
+    RETURN EXISTS (
+            SELECT FROM pg_stat_activity AS a
+            WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.backend_type NOT LIKE 'autovacuum%'
+              AND (a.xact_start < p_at OR (a.state = 'disabled' AND num_nonnulls(a.backend_xid, a.backend_xmin) > 0)))
+        OR EXISTS (SELECT FROM pg_prepared_xacts AS x WHERE x.database = current_database());
 END
 $$;
 
@@ -28,17 +41,29 @@ LANGUAGE plpgsql AS $$
 DECLARE
     c_portion constant int := 50000;
     v_platform record;
+    v_portion record;
+    v_older boolean;
     v_planned bigint := 0;
     v_reaped bigint;
     v_expired bigint;
     v_due boolean;
 BEGIN
     more := false;
-    FOR v_platform IN SELECT p.platform_id FROM redrive.platforms AS p WHERE p.needs_plan ORDER BY p.platform_id LOOP
-        v_planned := v_planned + redrive._plan_platform(v_platform.platform_id, p_as_of);
-        EXIT WHEN clock_timestamp() > p_deadline;
+    FOR v_platform IN
+        SELECT p.platform_id, coalesce(p.planned_at, clock_timestamp()) AS planned_at FROM redrive.platforms AS p WHERE p.needs_plan ORDER BY p.platform_id
+    LOOP
+        -- asked first: of a transaction that ends now the tasks are seen
+        v_older := redrive._older_transaction(v_platform.planned_at);
+        SELECT * INTO v_portion FROM redrive._plan_platform(v_platform.platform_id, p_as_of);
+        v_planned := v_planned + v_portion.planned;
+        more := more OR v_portion.more;
+        UPDATE redrive.platforms AS p SET needs_plan = v_older OR v_portion.more, planned_at = v_platform.planned_at
+        WHERE p.platform_id = v_platform.platform_id AND (p.planned_at IS NULL OR NOT (v_older OR v_portion.more));
+        IF clock_timestamp() > p_deadline THEN
+            more := true;
+            EXIT;
+        END IF;
     END LOOP;
-    more := EXISTS (SELECT FROM redrive.platforms AS p WHERE p.needs_plan);
     v_reaped := redrive._reap_pushes(p_as_of, NULL);
     -- older than the window: nothing waits for ever
     WITH old AS (

@@ -525,6 +525,7 @@ COMMENT ON COLUMN redrive.platforms.allow_cidr IS 'Private ranges that may be re
 COMMENT ON COLUMN redrive.platforms.paused IS 'Is nothing sent at the moment?';
 COMMENT ON COLUMN redrive.platforms.config_version IS 'Raised by each change; the pusher reads the platform again';
 COMMENT ON COLUMN redrive.platforms.needs_plan IS 'Does the pass have to look for tasks that were never pushed there?';
+COMMENT ON COLUMN redrive.platforms.planned_at IS 'When the pass saw the platform first; transactions that began before may record tasks without seeing it';
 COMMENT ON COLUMN redrive.platforms.secrets IS 'Kinds of secrets that were set';
 COMMENT ON COLUMN redrive.platforms.created_at IS 'When it was created';
 COMMENT ON COLUMN redrive.platform_secrets.platform_id IS 'Platform it is for';
@@ -699,6 +700,7 @@ COMMENT ON FUNCTION redrive._pause_platform IS 'Body of pause_platform()';
 COMMENT ON FUNCTION redrive._resume_platform IS 'Body of resume_platform()';
 COMMENT ON FUNCTION redrive._set_platform_secret IS 'Body of set_platform_secret()';
 COMMENT ON FUNCTION redrive._plan_tasks IS 'Let pushes follow tasks';
+COMMENT ON FUNCTION redrive._older_transaction IS 'Is a transaction still open that began before?';
 COMMENT ON FUNCTION redrive._record_tasks IS 'Record tasks of one owner';
 COMMENT ON FUNCTION redrive._record_task IS 'Body of record_task()';
 COMMENT ON FUNCTION redrive._check_task IS 'Raise an error about a task';

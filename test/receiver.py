@@ -1,22 +1,23 @@
 """A platform that behaves as its URL says; for tests.
 
-    python3 receiver.py DIRECTORY [SECRET]
+    python3 receiver.py DIRECTORY [SECRET [CERTIFICATE]]
 
 Listens on a port of its choice, which it writes to DIRECTORY/port, and appends to DIRECTORY/requests a line of JSON for each request
 that it has read: that file is the truth about what arrived. While there is a file DIRECTORY/down it answers 500 to everything.
+With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /bytes  /redirect
 """
-import asyncio, base64, hashlib, hmac, json, os, socket, struct, sys, time, urllib.parse
+import asyncio, base64, hashlib, hmac, json, os, socket, ssl, struct, sys, time, urllib.parse
 
-directory, secret = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+directory, secret, certificate = (sys.argv[1:] + [None, None])[:3]
 seen = {}
 log = open(os.path.join(directory, "requests"), "a", buffering=1)
 
 
 def signed(headers, body):
-    if secret is None or "webhook-signature" not in headers:
+    if not secret or "webhook-signature" not in headers:
         return None
     key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode()
     text = b".".join([headers["webhook-id"].encode(), headers["webhook-timestamp"].encode(), body])
@@ -98,7 +99,11 @@ async def serve(reader, writer):
 
 
 async def main():
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 22, backlog=1000)
+    tls = None
+    if certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(certificate)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 22, backlog=1000, ssl=tls)
     with open(os.path.join(directory, "port.new"), "w") as f:
         f.write(str(server.sockets[0].getsockname()[1]))
     os.rename(os.path.join(directory, "port.new"), os.path.join(directory, "port"))

@@ -2,4 +2,5 @@
 -- and views that are dropped, or of which the result or the arguments change (DROP them here; they are made anew below).
 
 CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
-
+ALTER TABLE redrive.platforms ADD COLUMN planned_at timestamptz;
+DROP FUNCTION redrive._plan_platform(int, timestamptz);

@@ -134,6 +134,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
 		push->version = redrive_int64(row, "sent_version");
 		push->is_probe = redrive_bool(row, "is_probe");
 		push->started_at = now;
+		push->config_version = push->platform->config_version;
 		push->platform->asked--;
 		c->push = push;
 		c->id = redrive_text(row, "id", result_cxt);

@@ -73,6 +73,7 @@ typedef struct Platform
 	int64		new_attempts;	/* since it was written down */
 	int64		new_delivered;
 	bool		changed;		/* has to be written down */
+	bool		written;		/* and was, in this transaction */
 	bool		gone;			/* answered 410: to be paused */
 	bool		more_due;		/* there may be something to claim */
 	int			asked;			/* how many the claim asked for, less what it
@@ -84,6 +85,7 @@ typedef struct Platform
 typedef struct Push
 {
 	struct Push *next;			/* in the list of results */
+	MemoryContext texts;		/* of a result that was held, or NULL */
 	int64		push_id;
 	int64		attempt_no;		/* the fence */
 	int64		version;
@@ -92,6 +94,7 @@ typedef struct Push
 	TimestampTz started_at;
 
 	TimestampTz finished_at;
+	int64		config_version; /* of its platform, when it was claimed */
 	bool		given_back;		/* nothing was sent; no attempt is counted */
 	bool		delivered;
 	bool		charged;		/* costs a retry */
@@ -126,6 +129,12 @@ extern int64 redrive_reap_pushes(int64 pusher);
 
 /* push_record.c */
 extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
+
+/* push_held.c */
+extern int	redrive_put_locked_last(Push **pushes, int n);
+extern void redrive_hold_push(Push *push, MemoryContext cxt);
+extern TimestampTz redrive_held_until(void);
+extern Push *redrive_take_held(void);
 
 /* push_result.c */
 extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);

@@ -48,12 +48,14 @@ static RedriveSql write_platform = {
 	"UPDATE redrive.platform_states SET breaker = $2::redrive.breaker_state, reason = $3, opened_at = $4, blocked_until = $5, times_opened = $6,"
 	" failures_in_row = $7, successes_in_row = $8, window_started_at = $9, window_attempts = $10, window_failures = $11, in_flight_limit = $12,"
 	" attempts = attempts + $13, delivered = delivered + $14, last_delivered_at = CASE WHEN $14 > 0 THEN $15 ELSE last_delivered_at END,"
-	" last_failed_at = CASE WHEN $13 > $14 THEN $15 ELSE last_failed_at END WHERE platform_id = $1",
+	" last_failed_at = CASE WHEN $13 > $14 THEN $15 ELSE last_failed_at END"
+	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platform_states AS x WHERE x.platform_id = $1 FOR NO KEY UPDATE SKIP LOCKED)",
 	15, {INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, INT4OID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, INT4OID, INT8OID, INT8OID, TIMESTAMPTZOID}
 };
 
 static RedriveSql pause_platform = {
-	"UPDATE redrive.platforms SET paused = true WHERE platform_id = $1",
+	"UPDATE redrive.platforms SET paused = true"
+	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platforms AS x WHERE x.platform_id = $1 FOR NO KEY UPDATE SKIP LOCKED)",
 	1, {INT4OID}
 };
 
@@ -237,6 +239,7 @@ redrive_write_platforms(List *platforms)
 		Datum		values[15];
 		char		nulls[16] = "               ";
 
+		p->written = false;
 		if (!p->changed)
 			continue;
 		values[0] = Int32GetDatum(p->platform_id);
@@ -258,8 +261,9 @@ redrive_write_platforms(List *platforms)
 		values[12] = Int64GetDatum(p->new_attempts);
 		values[13] = Int64GetDatum(p->new_delivered);
 		values[14] = TimestampTzGetDatum(now);
-		(void) redrive_sql(&write_platform, values, nulls);
-		if (p->gone && !p->paused)
-			(void) redrive_sql(&pause_platform, values, NULL);
+		/* not what somebody else has locked: later */
+		p->written = !p->gone || p->paused || redrive_sql(&pause_platform, values, NULL) > 0;
+		if (p->written)
+			p->written = redrive_sql(&write_platform, values, nulls) > 0;
 	}
 }

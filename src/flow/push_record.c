@@ -22,6 +22,7 @@
 #include "flow/push.h"
 
 #define MAX_FREE_RETRIES 20
+#define CHANGED_MS 100			/* a platform is being changed: ask again */
 
 /* arrays without a name in pg_type.h */
 #define BOOLARRAY 1000
@@ -81,7 +82,7 @@ static RedriveSql record_failed = {
 	"  next_attempt_at = CASE " NEXT_STATE " WHEN 'waiting' THEN $13 + greatest(r.wait_ms * interval '1 ms',"
 	"   CASE WHEN r.charged THEN redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id)"
 	"   ELSE interval '1 s' * least(u.free_count + 1, 60) END)"
-	"   WHEN 'pending' THEN $13 ELSE u.next_attempt_at END,"
+	"   WHEN 'pending' THEN $13 + CASE WHEN r.given_back THEN r.wait_ms ELSE 0 END * interval '1 ms' ELSE u.next_attempt_at END,"
 	"  failed_at = CASE WHEN r.given_back THEN u.failed_at ELSE r.finished_at END,"
 	"  http_status = CASE WHEN r.given_back THEN u.http_status ELSE nullif(r.http_status, 0) END,"
 	"  error_class = CASE WHEN r.given_back THEN u.error_class ELSE r.error_class END,"
@@ -94,6 +95,19 @@ static RedriveSql record_failed = {
 	" RETURNING r.place, r.charged",
 	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAY, BOOLARRAY, BOOLARRAY, BOOLARRAY, INT4ARRAYOID, TEXTARRAYOID,
 	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAY, TIMESTAMPTZOID, INT4OID}
+};
+
+/*
+ * The configuration of platforms, which cannot change before we have committed;
+ * those of which it is being changed are left out.
+ */
+static RedriveSql keep_platforms = {
+	.lookups = true,
+	.text =
+	"SELECT p.platform_id::int8 AS platform_id, p.config_version FROM unnest($1) AS n (platform_id)"
+	" CROSS JOIN LATERAL (SELECT x.platform_id, x.config_version FROM redrive.platforms AS x"
+	"  WHERE x.platform_id = n.platform_id FOR SHARE SKIP LOCKED) AS p",
+	.nargs = 1,.argtypes = {INT4ARRAYOID}
 };
 
 /* What build functions made for these is not needed any more. */
@@ -232,6 +246,51 @@ judge(Push **pushes, int n)
 			reject(answered[i], "success_when is not true of the answer.");
 }
 
+/*
+ * A push that was blocked by the configuration of its platform waits for another one.
+ * If it has changed since, or is about to, the push is tried again: nobody would come
+ * back to it.
+ */
+static void
+check_blocked(Push **pushes, int n)
+{
+	Datum	   *ids = palloc(n * sizeof(Datum));
+	int			n_blocked = 0;
+	Datum		args[1];
+	uint64		rows;
+
+	for (int i = 0; i < n; i++)
+	{
+		bool		listed = false;
+		Datum		id = Int32GetDatum(pushes[i]->platform->platform_id);
+
+		for (int b = 0; b < n_blocked; b++)
+			listed |= ids[b] == id;
+		if (pushes[i]->blocked && !listed)
+			ids[n_blocked++] = id;
+	}
+	if (n_blocked == 0)
+		return;
+	args[0] = array_of(INT4OID, n_blocked, ids, NULL);
+	rows = redrive_sql(&keep_platforms, args, NULL);
+	for (int i = 0; i < n; i++)
+	{
+		bool		same = false;
+
+		if (!pushes[i]->blocked)
+			continue;
+		for (uint64 row = 0; row < rows; row++)
+			same |= redrive_int64(row, "platform_id") == pushes[i]->platform->platform_id &&
+				redrive_int64(row, "config_version") == pushes[i]->config_version;
+		if (!same)
+		{
+			pushes[i]->blocked = false;
+			pushes[i]->given_back = true;
+			pushes[i]->wait_ms = CHANGED_MS;
+		}
+	}
+}
+
 /* Write down those that were delivered. */
 static void
 record_delivered_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers)
@@ -333,6 +392,7 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 		else
 			failed[n_failed++] = pushes[i];
 	}
+	check_blocked(failed, n_failed);
 	log.values = palloc0(n * L_COLUMNS * sizeof(Datum));
 	log.nulls = palloc0(n * L_COLUMNS * sizeof(bool));
 	if (n_delivered > 0)

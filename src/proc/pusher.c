@@ -40,6 +40,7 @@
 #define FLUSH_MS 10				/* or the oldest has waited so long */
 #define GRACE_MS 500			/* for what is under way at shutdown */
 #define AFTER_ERROR_MS 1000
+#define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 
 static MemoryContext pusher_cxt;	/* platforms */
 static MemoryContext pushes_cxt;	/* pushes that are under way or to be
@@ -57,45 +58,7 @@ static Push *results = NULL;	/* to be recorded, the oldest first */
 static Push **last_result = &results;
 static int	n_results = 0;
 static TimestampTz first_result_at;
-
-static void
-leave_shmem(int code, Datum arg)
-{
-	RedriveDatabase *entry;
-
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId);
-	if (entry != NULL && entry->pusher_pid == MyProcPid)
-	{
-		entry->pusher_pid = 0;
-		entry->pusher_latch = NULL;
-		/* the supervisor starts another, if one is needed */
-		if (entry->latch != NULL)
-			SetLatch(entry->latch);
-	}
-	LWLockRelease(redrive_shared->lock);
-}
-
-/* Be the pusher of this database; false when there is one, or none may be. */
-static bool
-enter_shmem(void)
-{
-	RedriveDatabase *entry;
-	bool		taken;
-
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry = redrive_find_database(MyDatabaseId);
-	taken = entry == NULL || entry->pusher_pid != 0 || entry->kept_by != 0;
-	if (!taken)
-	{
-		entry->pusher_pid = MyProcPid;
-		entry->pusher_latch = MyLatch;
-	}
-	LWLockRelease(redrive_shared->lock);
-	if (!taken)
-		before_shmem_exit(leave_shmem, 0);
-	return !taken;
-}
+static bool look_for_locks = false; /* others have locked what we record */
 
 static void
 destroy_http(int code, Datum arg)
@@ -129,14 +92,30 @@ prepare_http(void)
 }
 
 static void
-add_result(Push *push)
+append_result(Push *push)
 {
 	if (n_results++ == 0)
 		first_result_at = GetCurrentTimestamp();
 	push->next = NULL;
 	*last_result = push;
 	last_result = &push->next;
+}
+
+static void
+add_result(Push *push)
+{
+	append_result(push);
 	push->platform->in_flight--;
+}
+
+/* Try to record again what was locked. */
+static void
+take_held(void)
+{
+	Push	   *push;
+
+	while ((push = redrive_take_held()) != NULL)
+		append_result(push);
 }
 
 /* Nothing was sent: as if it had not been claimed. */
@@ -248,17 +227,19 @@ record_apart(Push **pushes, int n)
 	}
 }
 
-/* Forget what has been recorded. */
+/* Forget the first of n results, which have been recorded; hold the others. */
 static void
-forget_results(void)
+forget_results(Push **pushes, int n_recorded, int n)
 {
-	while (results != NULL)
+	for (int i = n_recorded; i < n; i++)
+		redrive_hold_push(pushes[i], pushes_cxt);
+	for (int i = 0; i < n_recorded; i++)
 	{
-		Push	   *push = results;
-
-		results = push->next;
-		pfree(push);
+		if (pushes[i]->texts != NULL)
+			MemoryContextDelete(pushes[i]->texts);
+		pfree(pushes[i]);
 	}
+	results = NULL;
 	last_result = &results;
 	n_results = 0;
 	MemoryContextReset(results_cxt);
@@ -274,6 +255,8 @@ platforms_are_written(void)
 	{
 		Platform   *p = lfirst(lc);
 
+		if (!p->written)
+			continue;
 		p->changed = false;
 		p->new_attempts = 0;
 		p->new_delivered = 0;
@@ -284,18 +267,22 @@ platforms_are_written(void)
  * One transaction: record what has ended, and claim what is due.
  *
  * Returns what was claimed, in claim_cxt, and sets when to claim again at the
- * latest.  What it throws leaves everything as it was.
+ * latest.  Of n results those that are locked are put last; n becomes how many
+ * are not.  What it throws leaves everything as it was.
  */
 static List *
-turn(Push **pushes, int n, int64 pusher, bool may_claim, TimestampTz *next_due)
+turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 {
 	List	   *claimed = NIL;
 
 	redrive_worker_begin();
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
 		proc_exit(0);
-	if (n > 0)
-		redrive_record_pushes(pushes, n, false);
+	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	if (*n > 0 && look_for_locks)
+		*n = redrive_put_locked_last(pushes, *n);
+	if (*n > 0)
+		redrive_record_pushes(pushes, *n, false);
 	redrive_write_platforms(platforms);
 	if (may_claim)
 	{
@@ -327,15 +314,17 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 {
 	Push	  **pushes = MemoryContextAlloc(claim_cxt, Max(n_results, 1) * sizeof(Push *));
 	int			n = 0;
+	int			n_recorded;
 	volatile int sqlstate = 0;
 	List	   *claimed = NIL;
 	ListCell   *lc;
 
 	for (Push *push = results; push != NULL; push = push->next)
 		pushes[n++] = push;
+	n_recorded = n;
 	PG_TRY();
 	{
-		claimed = turn(pushes, n, pusher, may_claim, next_due);
+		claimed = turn(pushes, &n_recorded, pusher, may_claim, next_due);
 	}
 	PG_CATCH();
 	{
@@ -343,7 +332,9 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		if (ShutdownRequestPending || ProcDiePending)
 			PG_RE_THROW();
 		sqlstate = geterrcode();
-		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
+		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE && !look_for_locks)
+			;					/* below */
+		else if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			EmitErrorReport();
 		FlushErrorState();
 		redrive_worker_abort();
@@ -352,15 +343,21 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	if (sqlstate != 0)
 	{
 		MemoryContextSwitchTo(claim_cxt);
+		*next_due = 0;
+		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE && !look_for_locks)
+			return look_for_locks = true;
 		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			return false;
 		record_apart(pushes, n);
+		n_recorded = n;
 		/* nothing was claimed, and the platforms are still to be written */
-		*next_due = 0;
 	}
 	else
+	{
+		look_for_locks = n_recorded < n;
 		platforms_are_written();
-	forget_results();
+	}
+	forget_results(pushes, n_recorded, n);
 	/* signing wants an owner for what the cryptographic library allocates */
 	CurrentResourceOwner = sending_owner;
 	foreach(lc, claimed)
@@ -386,6 +383,7 @@ shut_down(int64 pusher)
 		ResetLatch(MyLatch);
 		drive();
 	}
+	take_held();
 	if (n_results > 0)
 		(void) take_turn(pusher, false, &ignored);
 }
@@ -412,7 +410,7 @@ redrive_pusher_main(Datum arg)
 	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
-	if (!enter_shmem())
+	if (!redrive_enter_pusher())
 		proc_exit(0);
 	wait_event = redrive_wait_event("RedrivePusher");
 	pusher_cxt = AllocSetContextCreate(TopMemoryContext, "redrive platforms", ALLOCSET_DEFAULT_SIZES);
@@ -446,6 +444,8 @@ redrive_pusher_main(Datum arg)
 			redrive_worker_end();
 			reaped_at = now;
 		}
+		if (now >= redrive_held_until())
+			take_held();
 		flush = n_results >= FLUSH_RESULTS ||
 			(n_results > 0 && (n_results >= redrive_http_in_flight(http) || TimestampDifferenceExceeds(first_result_at, now, FLUSH_MS)));
 		if (now >= not_before && (flush || (redrive_enabled && now >= next_due)))
@@ -458,7 +458,7 @@ redrive_pusher_main(Datum arg)
 				next_due = not_before;
 			}
 			MemoryContextSwitchTo(TopMemoryContext);
-			if (platforms == NIL && n_results == 0 && platforms_version >= 0)
+			if (platforms == NIL && n_results == 0 && redrive_held_until() == DT_NOEND && platforms_version >= 0)
 				break;			/* there is nothing to push to */
 		}
 
@@ -468,6 +468,8 @@ redrive_pusher_main(Datum arg)
 			sleep_ms = TICK_MS;
 		if (redrive_enabled && next_due != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, next_due));
+		if (redrive_held_until() != DT_NOEND)
+			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, redrive_held_until()));
 		if (n_results > 0)
 			sleep_ms = Min(sleep_ms, Max(FLUSH_MS, TimestampDifferenceMilliseconds(now, not_before)));
 		n = WaitEventSetWait(wait_set, sleep_ms, events, lengthof(events), wait_event);

@@ -14,5 +14,6 @@
 
 extern long redrive_start_pusher(RedriveDatabase *entry, MemoryContext cxt);
 extern PGDLLEXPORT void redrive_pusher_main(Datum arg);
+extern bool redrive_enter_pusher(void);
 
 #endif							/* REDRIVE_PUSHER_H */

@@ -7,6 +7,9 @@
  */
 #include "postgres.h"
 
+#include "storage/ipc.h"
+#include "storage/latch.h"
+
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
 #include "utils/memutils.h"
@@ -76,4 +79,43 @@ redrive_start_pusher(RedriveDatabase *entry, MemoryContext cxt)
 	MemoryContextSwitchTo(old_cxt);
 	started_at = now;
 	return handle == NULL ? 1000 : 0;
+}
+
+static void
+leave_shmem(int code, Datum arg)
+{
+	RedriveDatabase *entry;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId);
+	if (entry != NULL && entry->pusher_pid == MyProcPid)
+	{
+		entry->pusher_pid = 0;
+		entry->pusher_latch = NULL;
+		/* the supervisor starts another, if one is needed */
+		if (entry->latch != NULL)
+			SetLatch(entry->latch);
+	}
+	LWLockRelease(redrive_shared->lock);
+}
+
+/* Be the pusher of this database; false when there is one, or none may be. */
+bool
+redrive_enter_pusher(void)
+{
+	RedriveDatabase *entry;
+	bool		taken;
+
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry = redrive_find_database(MyDatabaseId);
+	taken = entry == NULL || entry->pusher_pid != 0 || entry->kept_by != 0;
+	if (!taken)
+	{
+		entry->pusher_pid = MyProcPid;
+		entry->pusher_latch = MyLatch;
+	}
+	LWLockRelease(redrive_shared->lock);
+	if (!taken)
+		before_shmem_exit(leave_shmem, 0);
+	return !taken;
 }

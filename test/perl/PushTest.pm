@@ -11,15 +11,15 @@ use JSON::PP;
 use PostgreSQL::Test::Utils;
 use Time::HiRes qw(time usleep);
 
-our @EXPORT = qw(start_receiver stop_receiver received platform);
+our @EXPORT = qw(start_receiver stop_receiver received wait_for_request platform);
 
-# Start a receiver; return { port, dir, process }.  See test/receiver.py.
+# Start a receiver, with a certificate one that speaks TLS; return { port, dir, process }.  See test/receiver.py.
 sub start_receiver
 {
-	my ($secret) = @_;
+	my ($secret, $certificate) = @_;
 	my $dir = PostgreSQL::Test::Utils::tempdir;
 	my $out = "$dir/out";
-	my $process = IPC::Run::start([ 'python3', "$FindBin::Bin/../receiver.py", $dir, $secret // () ], '<', \undef, '>', $out, '2>&1');
+	my $process = IPC::Run::start([ 'python3', "$FindBin::Bin/../receiver.py", $dir, $secret // '', $certificate // () ], '<', \undef, '>', $out, '2>&1');
 	my $end = time() + 30;
 
 	usleep(20_000) until -s "$dir/port" || time() > $end;
@@ -42,6 +42,16 @@ sub received
 
 	return () unless -e "$receiver->{dir}/requests";
 	return grep { !defined $path || $_->{path} eq $path } map { decode_json($_) } grep { /\}$/ } split /\n/, slurp_file("$receiver->{dir}/requests");
+}
+
+# Wait until so many requests have arrived at a path; return whether they did.
+sub wait_for_request
+{
+	my ($receiver, $path, $n) = @_;
+	my $end = time() + 60;
+
+	usleep(10_000) until received($receiver, $path) >= $n || time() > $end;
+	return received($receiver, $path) >= $n;
 }
 
 # Create a platform that pushes to the receiver.

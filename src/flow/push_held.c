@@ -1,0 +1,120 @@
+/*-------------------------------------------------------------------------
+ *
+ * push_held.c
+ *	  Results of pushes that somebody else has locked.
+ *
+ * An application that records a new status of a task keeps the task's pushes
+ * locked until its transaction ends.  Who waited for that would hold up all
+ * pushes of the database.  So such results are held, and recorded when the lock
+ * is gone.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "utils/array.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "base/spi_call.h"
+#include "flow/push.h"
+
+#define HELD_MS 200				/* time to the next try */
+
+static Push *held = NULL;
+static TimestampTz held_until = DT_NOEND;
+
+/* Lock those that are free; return the others, if they are still ours. */
+static RedriveSql locked_pushes = {
+	.lookups = true,
+	.text =
+	"WITH free AS MATERIALIZED (SELECT n.place FROM unnest($1) WITH ORDINALITY AS n (push_id, place)"
+	" CROSS JOIN LATERAL (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id FOR NO KEY UPDATE SKIP LOCKED) AS u)"
+	" SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (push_id, attempt_no, place)"
+	" WHERE NOT EXISTS (SELECT FROM free AS f WHERE f.place = n.place)"
+	" AND EXISTS (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id AND x.state = 'in_flight' AND x.attempt_no = n.attempt_no)",
+	.nargs = 2,.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
+};
+
+/* Put the pushes that others have locked last; return how many are not. */
+int
+redrive_put_locked_last(Push **pushes, int n)
+{
+	Datum	   *ids = palloc(n * sizeof(Datum));
+	Datum	   *attempts = palloc(n * sizeof(Datum));
+	Push	  **locked = palloc(n * sizeof(Push *));
+	Datum		values[2];
+	uint64		n_locked;
+	int			n_free = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		ids[i] = Int64GetDatum(pushes[i]->push_id);
+		attempts[i] = Int64GetDatum(pushes[i]->attempt_no);
+	}
+	values[0] = PointerGetDatum(construct_array(ids, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	values[1] = PointerGetDatum(construct_array(attempts, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	n_locked = redrive_sql(&locked_pushes, values, NULL);
+	for (uint64 row = 0; row < n_locked; row++)
+	{
+		int			place = (int) redrive_int64(row, "place") - 1;
+
+		locked[row] = pushes[place];
+		pushes[place] = NULL;
+	}
+	for (int i = 0; i < n; i++)
+		if (pushes[i] != NULL)
+			pushes[n_free++] = pushes[i];
+	for (uint64 row = 0; row < n_locked; row++)
+		pushes[n_free + row] = locked[row];
+	redrive_free_rows();
+	return n_free;
+}
+
+static char *
+copy_text(const char *text)
+{
+	return text != NULL ? pstrdup(text) : NULL;
+}
+
+/* Hold a result, with its texts, in cxt. */
+void
+redrive_hold_push(Push *push, MemoryContext cxt)
+{
+	if (push->texts == NULL)
+	{
+		MemoryContext old_cxt;
+
+		push->texts = AllocSetContextCreate(cxt, "redrive held push", ALLOCSET_SMALL_SIZES);
+		old_cxt = MemoryContextSwitchTo(push->texts);
+		push->message = copy_text(push->message);
+		push->response = copy_text(push->response);
+		push->answer = copy_text(push->answer);
+		MemoryContextSwitchTo(old_cxt);
+	}
+	if (held == NULL)
+		held_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), HELD_MS);
+	push->next = held;
+	held = push;
+}
+
+/* Until when results are held; DT_NOEND = there are none. */
+TimestampTz
+redrive_held_until(void)
+{
+	return held_until;
+}
+
+/* Take one of those that are held; NULL = there are no more. */
+Push *
+redrive_take_held(void)
+{
+	Push	   *push = held;
+
+	if (push != NULL)
+		held = push->next;
+	if (held == NULL)
+		held_until = DT_NOEND;
+	return push;
+}

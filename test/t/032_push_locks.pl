@@ -1,0 +1,64 @@
+# Transactions that stay open: they hold up their own pushes and no others.
+#
+# Seen red: with look_for_locks always false (proc/pusher.c), and without SKIP LOCKED in flow/push_platform.c.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use PushTest;
+use RedriveTest;
+use Test::More;
+use Time::HiRes qw(time);
+
+my $node = new_node('push_locks');
+my $receiver = start_receiver();
+my $pushes = 'redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id JOIN redrive.tasks AS t ON t.task_id = u.task_id';
+my $others = 0;
+
+# Other tasks are pushed, for two seconds: the answers to what was under way come in that time.
+sub others_are_pushed
+{
+	my ($name) = @_;
+	my $end = time() + 2;
+
+	while (time() < $end)
+	{
+		$others++;
+		$node->safe_psql('postgres', "SELECT redrive.record_task('other $others', 'first')");
+		ok(poll_until($node, "SELECT bool_and(u.state = 'delivered') FROM $pushes WHERE t.task_key = 'other $others'", 't', timeout => 20), $name) or last;
+	}
+	return;
+}
+
+platform($node, $receiver, 'slow', '/delay/0.5');
+$node->safe_psql('postgres', "SELECT redrive.record_task('held', 'first')");
+ok(poll_until($node, "SELECT state = 'in_flight' FROM redrive.pushes"), 'a push is under way');
+is($node->safe_psql('postgres', 'SELECT redrive.redrive_push()'), 0, 'it cannot be wanted again');
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('held', 'second'); PREPARE TRANSACTION 'record'");
+platform($node, $receiver, 'fast', '/fast');
+others_are_pushed('another task is pushed while a transaction has recorded one and is open');
+is($node->safe_psql('postgres', "SELECT state FROM $pushes WHERE t.task_key = 'held' AND p.name = 'slow'"), 'in_flight', 'the push of that one is still under way');
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.resume_platform('fast'), redrive.resume_platform('slow'); PREPARE TRANSACTION 'resume'");
+others_are_pushed('another task is pushed while a transaction has changed the platform and is open');
+$node->safe_psql('postgres', "COMMIT PREPARED 'record'");
+ok( poll_until($node, "SELECT bool_and(u.state = 'delivered' AND u.pushed_version = t.version) AND count(*) = 1 FROM $pushes WHERE t.task_key = 'held' AND p.name = 'slow'"),
+	'at its end its push is recorded, and the new status is pushed');
+is(join(' ', map { $_->{sequence} } grep { $_->{body} =~ /"held"/ } received($receiver, '/delay/0.5')), '1 2', '... each once');
+$node->safe_psql('postgres', "COMMIT PREPARED 'resume'");
+is($node->safe_psql('postgres', "SELECT max(u.attempt_no) FROM $pushes WHERE t.task_key <> 'held'"), 1, 'no push of the others was tried twice');
+
+# A push that is refused while its platform is being changed asks again: nobody else would come back to it.
+#
+# Seen red: without check_blocked in src/flow/push_record.c it stays blocked.
+$node->safe_psql('postgres', "SELECT redrive.create_platform('changing', 'http://127.0.0.1:$receiver->{port}/ok', allow_http => true)");
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.alter_platform('changing', allow_cidr => '{127.0.0.0/8}'); PREPARE TRANSACTION 'change'");
+$node->safe_psql('postgres', "SELECT redrive.record_task('refused', 'new')");
+my $changing = "FROM redrive.pushes AS u JOIN redrive.platforms AS p USING (platform_id) JOIN redrive.tasks AS t USING (task_id) WHERE p.name = 'changing' AND t.task_key = 'refused'";
+ok(poll_until($node, "SELECT u.attempt_no > 1 AND u.state <> 'blocked' $changing"), 'refused while the platform is changed: asks again');
+$node->safe_psql('postgres', "COMMIT PREPARED 'change'");
+ok(poll_until($node, "SELECT u.state = 'delivered' $changing"), '... and is delivered');
+
+$node->stop;
+stop_receiver($receiver);
+done_testing();

@@ -1,0 +1,122 @@
+# http_request(), and TLS: what the network does is an answer and not an error, attempts and time are bounded, it can be cancelled,
+# and certificates are verified.
+#
+# Seen red: with CURLOPT_SSL_VERIFYHOST 0 or CURLOPT_SSL_VERIFYPEER 0, without CHECK_FOR_INTERRUPTS in await() or in the delay
+# of flow/http_request.c, without allow_only.
+use strict;
+use warnings;
+
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use PushTest;
+use RedriveTest;
+use Test::More;
+use Time::HiRes qw(time);
+
+my $node = new_node('http', conf => "redrive.http_allow_cidr = '127.0.0.0/8'\n");
+my $receiver = start_receiver();
+my $url = "http://127.0.0.1:$receiver->{port}";
+
+# Return what came of a request; the arguments as SQL.
+sub request
+{
+	my ($arguments, $what) = @_;
+
+	$what //= "concat_ws(' ', ok, coalesce(status::text, 'none'), attempts, error)";
+	return $node->safe_psql('postgres', "SELECT $what FROM redrive.http_request($arguments)");
+}
+
+# Attempts are bounded, and only what may pass is tried again.
+my $at_once = "retry_delay => '0'";
+is(request("'GET', '$url/first/1', $at_once"), 't 200 2', 'tried again after 500');
+is(request("'GET', '$url/status/500', $at_once"), 'f 500 3 the answer was 500', '500: three attempts');
+is(scalar(received($receiver, '/status/500')), 3, '... that arrived');
+is(request("'GET', '$url/status/404', $at_once"), 'f 404 1 the answer was 404', '404: one attempt');
+is(request("'GET', '$url/redirect', $at_once"), 'f 302 1 the answer was 302', 'a redirect is not followed');
+is(request("'POST', '$url/ok', 'a body', '{\"X-Token\": \"secret-token\"}'"), 't 200 1', 'POST');
+my ($post) = received($receiver, '/ok');
+is("$post->{method} $post->{body} $post->{headers}{'x-token'}", 'POST a body secret-token', 'method, body and header');
+like(request("'GET', '$url/delay/30', max_attempts => 2, timeout => '100 ms', $at_once"), qr/^f none 2 time-out after \d+ ms, waiting for the answer$/, 'time-out');
+like(request("'GET', '$url/drip', max_attempts => 1, timeout => '100 ms'"), qr/^f 200 1 time-out after \d+ ms, reading the answer$/, 'time-out in the answer');
+like(request("'GET', '$url/reset', max_attempts => 2, $at_once"), qr/^f none 2 .+/, 'a reset connection');
+like(request("'GET', 'http://127.0.0.1:1/', max_attempts => 2, $at_once"), qr/^f none 2 .*connect/, 'nobody listens');
+like(request("'GET', 'https://nowhere.invalid/', max_attempts => 1, timeout => '500 ms'"), qr/^f none 1 .+/, 'no such name');
+is(request("'GET', '$url/huge', max_attempts => 1", 'ok, length(body)'), 't|65536', 'of a huge answer the begin is kept');
+is(request("'GET', '$url/bytes', max_attempts => 1", "ok, body ~ '^a'"), 't|t', 'bytes that are no text');
+
+# Which addresses may be asked.
+foreach my $address ('https://10.0.0.1', 'https://[::1]', 'https://169.254.169.254', 'http://8.8.8.8', 'https://0x0a000001', 'https://[::ffff:10.0.0.1]')
+{
+	is(request("'GET', '$address/', $at_once"), 'f none 1 the address is not of the public network and not allowed', "$address is refused");
+}
+
+# It can be cancelled: while it waits for the answer, and between attempts.
+foreach my $case ([ '/delay/20', '' ], [ '/status/503', ", retry_delay => '1 min'" ])
+{
+	my ($path, $more) = @$case;
+	my ($out, $err) = ('', '');
+	my $before = received($receiver, $path);
+	my $session = IPC::Run::start([ 'psql', '-XAt', '-d', $node->connstr('postgres'), '-c', "SELECT redrive.http_request('GET', '$url$path', timeout => '1 min'$more) /* waits */" ],
+		'<', \undef, '>', \$out, '2>', \$err);
+	my $end = time() + 50;
+
+	ok(wait_for_request($receiver, $path, $before + 1), "$path: it waits");
+	is($node->safe_psql('postgres', "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE query ~ '/[*] waits [*]/\$'"), 1, "$path: cancel");
+	$session->finish;
+	like($err, qr/canceling statement due to user request/, "$path: cancelled");
+	cmp_ok(time(), '<', $end, "$path: at once");
+}
+
+# What is kept: host and outcome, nothing else of the request.
+is( $node->safe_psql('postgres', "SELECT count(*), count(*) FILTER (WHERE ok), bool_and(requested_by = current_user::regrole), min(host) FILTER (WHERE ok) FROM redrive.http_log"),
+	"18|4|t|127.0.0.1:$receiver->{port}", 'each request is in the log');
+unlike($node->safe_psql('postgres', 'SELECT l FROM redrive.http_log AS l'), qr/secret-token|a body|delay/, '... without path, header and body');
+
+# Who may.
+$node->safe_psql('postgres', "CREATE ROLE app; SELECT redrive.grant_user('app')");
+is($node->safe_psql('postgres', "SELECT has_function_privilege('app', oid, 'EXECUTE') FROM pg_proc WHERE oid = 'redrive.http_request'::regproc"), 'f', 'users may not, before it is granted');
+like((query($node, "SET ROLE app; SET redrive.http_allow_cidr = '0.0.0.0/0'"))[1], qr/permission denied/, 'and not open private networks');
+
+# Certificates: one that is right, and one of the past.
+my $dir = PostgreSQL::Test::Utils::tempdir;
+append_to_file("$dir/ca.conf", "[ca]\ndefault_ca = d\n[d]\ndatabase = $dir/index\nnew_certs_dir = $dir\nrand_serial = yes\ndefault_md = sha256\npolicy = p\n[p]\ncommonName = supplied\n[ext]\nsubjectAltName = IP:127.0.0.1\n");
+append_to_file("$dir/index", '');
+my @new_key = ('-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes');
+run_log([ 'openssl', 'req', '-x509', @new_key, '-keyout', "$dir/ca.key", '-out', "$dir/ca.pem", '-days', '2', '-subj', '/CN=CA of a test' ]) or die 'no CA';
+
+# Make a certificate for 127.0.0.1; return a file with it and its key.
+sub certificate
+{
+	my ($name, $from, $to) = @_;
+
+	run_log([ 'openssl', 'req', @new_key, '-keyout', "$dir/$name.key", '-out', "$dir/$name.csr", '-subj', "/CN=$name" ]) or die 'no key';
+	run_log([ 'openssl', 'ca', '-batch', '-notext', '-config', "$dir/ca.conf", '-extensions', 'ext', '-cert', "$dir/ca.pem", '-keyfile', "$dir/ca.key",
+			'-in', "$dir/$name.csr", '-out', "$dir/$name.pem", '-startdate', $from, '-enddate', $to ]) or die 'no certificate';
+	append_to_file("$dir/$name.both", slurp_file("$dir/$name.key") . slurp_file("$dir/$name.pem"));
+	return "$dir/$name.both";
+}
+my $right = start_receiver(undef, certificate('right', '20200101000000Z', '21000101000000Z'));
+my $expired = start_receiver(undef, certificate('expired', '20200101000000Z', '20200102000000Z'));
+my $tls_error = qr/^f none 1 .*(SSL|certificate)/;
+
+like(request("'GET', 'https://127.0.0.1:$right->{port}/ok', $at_once"), $tls_error, 'a certificate of a CA that is not trusted is refused');
+$node->append_conf('postgresql.conf', "redrive.http_ca_file = '$dir/ca.pem'");
+$node->reload;
+ok(poll_until($node, "SELECT current_setting('redrive.http_ca_file') <> ''"), 'the CA is trusted');
+is(request("'GET', 'https://127.0.0.1:$right->{port}/ok', $at_once"), 't 200 1', 'now it is accepted');
+like(request("'GET', 'https://localhost:$right->{port}/ok', $at_once"), $tls_error, 'not for another name');
+like(request("'GET', 'https://127.0.0.1:$expired->{port}/ok', $at_once"), $tls_error, 'nor when it has expired');
+is(scalar(received($right)) . ' ' . scalar(received($expired)), '1 0', 'to those nothing was sent');
+# the pusher verifies them in the same way
+my $open = "allow_cidr => '{127.0.0.0/8}'";
+$node->safe_psql('postgres', "SELECT redrive.create_platform('right', 'https://127.0.0.1:$right->{port}/', $open), redrive.create_platform('name', 'https://localhost:$right->{port}/', $open),
+	redrive.create_platform('expired', 'https://127.0.0.1:$expired->{port}/', $open); SELECT redrive.record_task('task', 'done')");
+ok( poll_until($node, "SELECT string_agg(platform || ' ' || state || ' ' || coalesce(error_class, '') || retry_count, ', ' ORDER BY platform) FROM redrive.pushes AS u JOIN (SELECT platform_id, name AS platform FROM redrive.platforms) AS p ON p.platform_id = u.platform_id",
+		'expired waiting tls0, name waiting tls0, right delivered 0'),
+	'pushes: only the right one is delivered, the others cost no retries');
+is(scalar(received($right)) . ' ' . scalar(received($expired)), '2 0', 'to the others nothing was sent');
+
+$node->stop;
+stop_receiver($_) foreach $receiver, $right, $expired;
+done_testing();
