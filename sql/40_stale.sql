@@ -6,6 +6,8 @@
 
 CREATE FUNCTION redrive._preloaded() RETURNS boolean
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__preloaded';
+CREATE FUNCTION redrive._owner_needs_login() RETURNS boolean
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__owner_needs_login';
 
 -- Worker slots of this database in shared memory; none without preload.
 -- open_*: items done in the commit interval that is not committed yet.
@@ -141,7 +143,7 @@ CROSS JOIN LATERAL (
         WHEN NOT (SELECT redrive._preloaded()) THEN 'none: no workers, as pg_redrive is not in shared_preload_libraries; CALL redrive.work()'
         WHEN NOT (SELECT coalesce(current_setting('redrive.enabled', true), 'on')::boolean) THEN 'none: redrive.enabled is off'
         WHEN (SELECT current_setting('redrive.max_workers', true)) = '0' THEN 'none: no workers, as redrive.max_workers is 0; CALL redrive.work()'
-        WHEN NOT EXISTS (SELECT FROM pg_roles AS o WHERE o.oid = b.owner::oid AND (o.rolcanlogin OR current_setting('server_version_num')::int >= 170000))
+        WHEN NOT EXISTS (SELECT FROM pg_roles AS o WHERE o.oid = b.owner::oid AND (o.rolcanlogin OR NOT redrive._owner_needs_login()))
             THEN format('none: role %s may not log in, so it can have no workers; CALL redrive.work()', b.owner)
         ELSE format('wake the workers of %s', b.owner)
     END AS wake

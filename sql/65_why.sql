@@ -67,7 +67,7 @@ LANGUAGE sql STABLE AS $$
         SELECT 'owner cannot log in',
             format('Workers connect as role %s, the owner of handler "%s".', h.owner, h.name),
             format('ALTER ROLE %s LOGIN;', h.owner)
-        WHERE w.needed AND NOT o.rolcanlogin AND current_setting('server_version_num')::int < 170000
+        WHERE w.needed AND NOT o.rolcanlogin AND redrive._owner_needs_login()
         UNION ALL
         SELECT 'owner cannot connect',
             format('Role %s, the owner of handler "%s", has no right to connect to database "%s".', h.owner, h.name, current_database()),

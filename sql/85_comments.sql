@@ -427,6 +427,7 @@ COMMENT ON FUNCTION redrive._lock_batch IS 'Lock a batch that the caller may use
 COMMENT ON FUNCTION redrive._next_due IS 'When the next work becomes due';
 COMMENT ON FUNCTION redrive._orphan_lost IS 'Give back the claims of all workers that are gone, or whose lease has ended';
 COMMENT ON FUNCTION redrive._part_bytes IS 'Size of the partitions of a part';
+COMMENT ON FUNCTION redrive._owner_needs_login IS 'Whether workers can connect only as roles that may log in, as before PostgreSQL 17';
 COMMENT ON FUNCTION redrive._part_state IS 'Whether a part is empty, old or to be kept';
 COMMENT ON FUNCTION redrive._lock_pass IS 'Lock a pass, out of reach of pg_advisory_lock()';
 COMMENT ON FUNCTION redrive._pass IS 'Frame of every pass: switch, lock, time budget, history';

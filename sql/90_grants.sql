@@ -9,7 +9,7 @@ LANGUAGE sql STABLE AS $$
     SELECT p.oid::regprocedure
     FROM pg_proc AS p
     WHERE p.pronamespace = 'redrive'::regnamespace
-      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_slots') OR p.proname LIKE '\_report\_%' OR p.proname = '_task_source')
+      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_owner_needs_login', '_slots') OR p.proname LIKE '\_report\_%' OR p.proname = '_task_source')
       AND p.proname NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'schedule_passes', 'unschedule_passes',
                             'set_retention', 'http_request', 'grant_user', 'grant_monitor', 'revoke_user', 'doctor')
     ORDER BY p.oid
@@ -72,7 +72,7 @@ DECLARE
     v_routine regprocedure;
 BEGIN
     PERFORM redrive._grant_views(role);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint), redrive.why(bigint), redrive.doctor(), redrive.report_html(interval) TO %I', role);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION redrive._preloaded(), redrive._owner_needs_login(), redrive._slots(), redrive.stale_batches_at(timestamptz), redrive.verify(bigint), redrive.why(bigint), redrive.doctor(), redrive.report_html(interval) TO %I', role);
     FOR v_routine IN SELECT r FROM redrive._user_routines() AS r WHERE r::text LIKE 'redrive.\_report\_%' LOOP
         EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %I', v_routine, role);
     END LOOP;

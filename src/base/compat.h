@@ -16,6 +16,11 @@
 #include "storage/proc.h"
 #include "utils/acl.h"
 
+/* lengths of values: in postgres.h before */
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
 #if PG_VERSION_NUM >= 170000
 /* a NOLOGIN role may own handlers */
 #define REDRIVE_OWNER_CONNECTION_FLAGS	BGWORKER_BYPASS_ROLELOGINCHECK
@@ -62,6 +67,14 @@
 #define redrive_name_list(text)		stringToQualifiedNameList((text), NULL)
 #else
 #define redrive_name_list(text)		stringToQualifiedNameList((text))
+#endif
+
+#if PG_VERSION_NUM >= 170000
+#define redrive_json_lexer(text) \
+	makeJsonLexContextCstringLen(NULL, (text), strlen(text), GetDatabaseEncoding(), false)
+#else
+#define redrive_json_lexer(text) \
+	makeJsonLexContextCstringLen((text), strlen(text), GetDatabaseEncoding(), false)
 #endif
 
 #if PG_VERSION_NUM >= 160000

@@ -15,6 +15,8 @@
 #include "miscadmin.h"
 #include "storage/lock.h"
 
+#include "base/compat.h"
+
 /* pg_advisory_lock(bigint) is class 1, pg_advisory_lock(int, int) class 2. */
 #define PASS_LOCK_CLASS 3
 

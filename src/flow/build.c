@@ -21,6 +21,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/compat.h"
 #include "base/spi_call.h"
 #include "base/wake.h"
 #include "base/xact.h"

@@ -19,6 +19,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/compat.h"
 #include "base/spi_call.h"
 #include "flow/fetch.h"
 #include "flow/suspect.h"

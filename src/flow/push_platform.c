@@ -127,9 +127,11 @@ read_platform(Platform *p, int row, MemoryContext cxt)
 		p->headers[p->n_headers++] = psprintf("Authorization: Bearer %s", bearer);
 	else if (basic != NULL)
 	{
-		char	   *encoded = palloc0(pg_b64_enc_len(strlen(basic)) + 1);
+		const int	length = pg_b64_enc_len(strlen(basic));
+		char	   *encoded = palloc0(length + 1);
 
-		(void) pg_b64_encode((const void *) basic, strlen(basic), encoded, pg_b64_enc_len(strlen(basic)));
+		if (pg_b64_encode((const void *) basic, strlen(basic), encoded, length) < 0)
+			elog(ERROR, "could not encode a secret");
 		p->headers[p->n_headers++] = psprintf("Authorization: Basic %s", encoded);
 	}
 	deconstruct_array(DatumGetArrayTypePCopy(redrive_column(row, "allow", &isnull)), TEXTOID, -1, false, TYPALIGN_INT, &values, NULL, &n);

@@ -16,6 +16,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/compat.h"
 #include "flow/push.h"
 
 #define FIRST_LIMIT 4
@@ -34,9 +35,8 @@ static bool
 is_json(char *text)
 {
 	static JsonSemAction nothing;
-	JsonLexContext *lex = makeJsonLexContextCstringLen(text, strlen(text), GetDatabaseEncoding(), false);
 
-	return pg_parse_json(lex, &nothing) == JSON_SUCCESS;
+	return pg_parse_json(redrive_json_lexer(text), &nothing) == JSON_SUCCESS;
 }
 
 static void

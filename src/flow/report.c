@@ -18,6 +18,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
+#include "base/compat.h"
 #include "base/guc.h"
 #include "base/shmem.h"
 
@@ -26,6 +27,7 @@
 PG_FUNCTION_INFO_V1(redrive__slots);
 PG_FUNCTION_INFO_V1(redrive__processes);
 PG_FUNCTION_INFO_V1(redrive__library_version);
+PG_FUNCTION_INFO_V1(redrive__owner_needs_login);
 
 static const char *
 state_name(SlotState state)
@@ -164,4 +166,11 @@ Datum
 redrive__library_version(PG_FUNCTION_ARGS)
 {
 	PG_RETURN_TEXT_P(cstring_to_text(REDRIVE_VERSION));
+}
+
+/* SQL: _owner_needs_login(), for a worker to connect as that role */
+Datum
+redrive__owner_needs_login(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_BOOL(REDRIVE_OWNER_NEEDS_LOGIN);
 }

@@ -23,15 +23,20 @@ my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
 #   streaming  true: standbys may follow it
 #   extension  create the extension in postgres; default true
 #   start      default true
+#   initdb     more options of initdb, a list
+#   install_path  of another server version, with temp_config, the file that
+#              tells where it finds the extension
 sub new_node
 {
 	my ($name, %opt) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $node = PostgreSQL::Test::Cluster->new($name,
+		$opt{install_path} ? (install_path => $opt{install_path}) : ());
 	my $restart = ($opt{restart_after_crash} // 1) ? 'on' : 'off';
 
+	local $ENV{TEMP_CONFIG} = $opt{temp_config} // $ENV{TEMP_CONFIG};
 	$node->init(
 		allows_streaming => $opt{streaming} ? 1 : 0,
-		extra => [ '--locale=C.UTF-8', '--encoding=UTF8' ]);
+		extra => [ '--locale=C.UTF-8', '--encoding=UTF8', @{ $opt{initdb} // [] } ]);
 	$node->append_conf(
 		'postgresql.conf', qq{
 shared_preload_libraries = 'pg_cron,pg_redrive'

@@ -41,9 +41,9 @@ DROP ROLE regress_cron_a;
 -- The commands run.
 SELECT command FROM cron.job WHERE jobname LIKE 'pg_redrive %' ORDER BY jobname \gexec
 SELECT pass, acted, more, detail FROM redrive.pass_history ORDER BY pass;
--- What pg_cron does not take.
-SELECT fails($$SELECT redrive.schedule_passes('every now and then')$$);
-SELECT fails($$SELECT redrive.schedule_passes('')$$);
+-- What pg_cron does not take; newer ones add a hint.
+SELECT f FROM fails($$SELECT redrive.schedule_passes('every now and then')$$) AS f WHERE f !~ '^ *hint';
+SELECT f FROM fails($$SELECT redrive.schedule_passes('')$$) AS f WHERE f !~ '^ *hint';
 SELECT * FROM jobs;
 -- Unschedule: they are returned, the others stay; twice is fine.
 SELECT * FROM redrive.unschedule_passes() ORDER BY job_name;

@@ -73,7 +73,9 @@ SELECT count(*) FROM pg_namespace WHERE nspname = 'redrive';
 SELECT (SELECT count(*) FROM pg_class WHERE relname LIKE '%redrive%') AS classes, (SELECT count(*) FROM pg_proc WHERE proname LIKE '%redrive%') AS functions, (SELECT count(*) FROM pg_type WHERE typname LIKE '%redrive%') AS types,
     (SELECT count(*) FROM pg_event_trigger) AS event_triggers;
 CREATE SCHEMA redrive;
+\set SHOW_CONTEXT never
 CREATE EXTENSION pg_redrive;
+\set SHOW_CONTEXT errors
 \echo :SQLSTATE
 DROP SCHEMA redrive;
 CREATE EXTENSION pg_redrive;

@@ -82,8 +82,14 @@ sub in_call
 {
 	my $at_gate = q{FROM redrive.workers AS w JOIN pg_stat_activity AS a USING (pid) WHERE w.item_no > 0 AND a.wait_event = 'PgSleep'};
 
-	poll_until($node, "SELECT count(*) $at_gate", 1);
-	return split(/\|/, $node->safe_psql('postgres', "SELECT w.pid, w.item_no $at_gate"));
+	# it looks at the gate again and again, so we may see it between two naps
+	foreach my $look (1 .. 100)
+	{
+		poll_until($node, "SELECT count(*) $at_gate", 1) or last;
+		my @row = split(/\|/, $node->safe_psql('postgres', "SELECT w.pid, w.item_no $at_gate"));
+		return @row if @row;
+	}
+	die 'no worker came to the gate';
 }
 
 # --- by executors, without anything special
