@@ -1,8 +1,7 @@
 # http_request(), and TLS: what the network does is an answer and not an error, attempts and time are bounded, it can be cancelled,
 # and certificates are verified.
 #
-# Seen red: with CURLOPT_SSL_VERIFYHOST 0 or CURLOPT_SSL_VERIFYPEER 0, without CHECK_FOR_INTERRUPTS in await() or after
-# the delay in flow/http_request.c.
+# Seen red: with CURLOPT_SSL_VERIFYHOST 0 or CURLOPT_SSL_VERIFYPEER 0.
 use strict;
 use warnings;
 
