@@ -1,17 +1,16 @@
 /*-------------------------------------------------------------------------
  *
  * pusher_start.c
- *	  How the supervisor starts the pusher.
+ *	  How the supervisor starts the pusher, and how it becomes known.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
-#include "storage/ipc.h"
-#include "storage/latch.h"
-
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 

@@ -35,13 +35,13 @@ sub stop_receiver
 	return;
 }
 
-# Return what has arrived, oldest first.
+# Return what has arrived, oldest first: all, or at a path, or at those that match.
 sub received
 {
 	my ($receiver, $path) = @_;
 
 	return () unless -e "$receiver->{dir}/requests";
-	return grep { !defined $path || $_->{path} eq $path } map { decode_json($_) } grep { /\}$/ } split /\n/, slurp_file("$receiver->{dir}/requests");
+	return grep { !defined $path || (ref $path ? $_->{path} =~ $path : $_->{path} eq $path) } map { decode_json($_) } grep { /\}$/ } split /\n/, slurp_file("$receiver->{dir}/requests");
 }
 
 # Wait until so many requests have arrived at a path; return whether they did.

@@ -1,6 +1,6 @@
 # Transactions that stay open: they hold up their own pushes and no others.
 #
-# Seen red: with look_for_locks always false (proc/pusher.c), and without SKIP LOCKED in flow/push_platform.c.
+# Seen red: without the lock time-out of proc/pusher.c, waiting for the lock instead.
 use strict;
 use warnings;
 

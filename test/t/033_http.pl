@@ -1,8 +1,7 @@
 # http_request(), and TLS: what the network does is an answer and not an error, attempts and time are bounded, it can be cancelled,
 # and certificates are verified.
 #
-# Seen red: with CURLOPT_SSL_VERIFYHOST 0 or CURLOPT_SSL_VERIFYPEER 0, without CHECK_FOR_INTERRUPTS in await() or in the delay
-# of flow/http_request.c, without allow_only.
+# Seen red: with CURLOPT_SSL_VERIFYHOST 0 or CURLOPT_SSL_VERIFYPEER 0.
 use strict;
 use warnings;
 
@@ -12,7 +11,6 @@ use PostgreSQL::Test::Utils;
 use PushTest;
 use RedriveTest;
 use Test::More;
-use Time::HiRes qw(time);
 
 my $node = new_node('http', conf => "redrive.http_allow_cidr = '127.0.0.0/8'\n");
 my $receiver = start_receiver();
@@ -52,20 +50,18 @@ foreach my $address ('https://10.0.0.1', 'https://[::1]', 'https://169.254.169.2
 }
 
 # It can be cancelled: while it waits for the answer, and between attempts.
-foreach my $case ([ '/delay/20', '' ], [ '/status/503', ", retry_delay => '1 min'" ])
+foreach my $case ([ '/delay/3000', '' ], [ '/status/503', ", retry_delay => '30 min'" ])
 {
 	my ($path, $more) = @$case;
 	my ($out, $err) = ('', '');
 	my $before = received($receiver, $path);
-	my $session = IPC::Run::start([ 'psql', '-XAt', '-d', $node->connstr('postgres'), '-c', "SELECT redrive.http_request('GET', '$url$path', timeout => '1 min'$more) /* waits */" ],
-		'<', \undef, '>', \$out, '2>', \$err);
-	my $end = time() + 50;
+	my $session = IPC::Run::start([ 'psql', '-XAt', '-d', $node->connstr('postgres'), '-c', "SELECT redrive.http_request('GET', '$url$path', timeout => '30 min'$more) /* waits */" ],
+		'<', \undef, '>', \$out, '2>', \$err, IPC::Run::timeout(60));
 
 	ok(wait_for_request($receiver, $path, $before + 1), "$path: it waits");
 	is($node->safe_psql('postgres', "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE query ~ '/[*] waits [*]/\$'"), 1, "$path: cancel");
 	$session->finish;
 	like($err, qr/canceling statement due to user request/, "$path: cancelled");
-	cmp_ok(time(), '<', $end, "$path: at once");
 }
 
 # What is kept: host and outcome, nothing else of the request.
