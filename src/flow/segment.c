@@ -399,12 +399,12 @@ redrive_run_callbacks(const char *function, CallbackKind kind, int64 timeout_us,
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	ResourceOwner old_owner = CurrentResourceOwner;
-	const int	nargs = kind == CALLBACK_ON_FINISH ? 2 : 1;
 	volatile bool ok = true;
 
 	BeginInternalSubTransaction(NULL);
 	PG_TRY();
 	{
+		const int	nargs = kind == CALLBACK_ON_FINISH ? 2 : 1;
 		FmgrInfo	flinfo;
 		UserCode	save;
 		Datum		result;

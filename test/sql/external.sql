@@ -435,7 +435,6 @@ GRANT SELECT, INSERT, DELETE ON mine TO PUBLIC;
 SET ROLE external_owner;
 -- Nobody has to log in as the owner when there are no callbacks.
 SELECT redrive.create_handler('theirs', kind => 'external');
-SELECT how($$SELECT redrive.create_handler('theirs too', kind => 'external', on_finish => 'ended')$$) WHERE current_setting('server_version_num')::int < 170000;
 SELECT submit('theirs', 'theirs', 3, true);
 RESET ROLE;
 SET ROLE external_member;
