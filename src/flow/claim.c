@@ -81,8 +81,14 @@ static RedriveSql rescue = {
 	0, {0}
 };
 
+/* Batches that have nothing more to claim, as this is where they may end. */
 static RedriveSql fold_ended = {
-	"SELECT redrive._fold_ended() AS batches",
+	"WITH c AS MATERIALIZED (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x JOIN redrive.batches AS b ON b.batch_id = x.batch_id"
+	"  WHERE NOT x.folded AND x.state = 'done' AND NOT b.claimable),"
+	" f AS MATERIALIZED (SELECT l.batch_id FROM c"
+	"  CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id FOR UPDATE SKIP LOCKED) AS l),"
+	" d AS MATERIALIZED (SELECT count(redrive._fold(f.batch_id)) AS batches FROM f)"
+	" SELECT d.batches, (SELECT count(*) FROM c) > d.batches AS locked FROM d",
 	0, {0}
 };
 
@@ -255,12 +261,19 @@ redrive_rescue(void)
 	redrive_forget_crumbs(MyDatabaseId);
 }
 
-/* Fold what nobody folds, as external workers end it, and commit. */
-void
+/*
+ * Fold what has ended, in the supervisor, and commit.  Returns false when somebody
+ * has locked a batch: it is to be asked again.
+ */
+bool
 redrive_fold_ended(void)
 {
+	bool		locked;
+
 	redrive_sql_one_row(&fold_ended, NULL, NULL);
+	locked = redrive_bool(0, "locked");
 	if (redrive_int64(0, "batches") > 0)
 		redrive_batch_ended_at_commit();
 	redrive_commit_lazily();
+	return !locked;
 }

@@ -14,6 +14,6 @@ extern RedriveChunk *redrive_claim(Oid owner, int64 hint, MemoryContext parent, 
 extern void redrive_give_back(RedriveChunk *chunk, bool lost);
 extern void redrive_fold(RedriveChunk *chunk);
 extern void redrive_rescue(void);
-extern void redrive_fold_ended(void);
+extern bool redrive_fold_ended(void);
 
 #endif							/* REDRIVE_CLAIM_H */

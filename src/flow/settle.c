@@ -46,7 +46,7 @@ static RedriveSql complete_all = {
 	" FROM redrive.batches AS b JOIN redrive.handlers AS h ON h.handler_id = b.handler_id"
 	" WHERE c.chunk_id = $1 AND c.lease_token = $2 AND c.state = 'running' AND c.lease_until IS NOT NULL"
 	" AND b.batch_id = c.batch_id AND NOT b.keyed"
-	" RETURNING h.owner::oid AS owner, b.claimable, h.max_workers IS NOT NULL AS limited",
+	" RETURNING h.owner::oid AS owner, h.max_workers IS NOT NULL AS limited",
 	2, {INT8OID, INT8OID}
 };
 
@@ -57,7 +57,7 @@ static RedriveSql lock_batch = {
 };
 
 static RedriveSql lock_claim = {
-	"SELECT c.batch_id, c.part, c.run_no, c.items - c.done AS open, b.keyed, b.claimable, h.owner::oid AS owner,"
+	"SELECT c.batch_id, c.part, c.run_no, c.items - c.done AS open, b.keyed, h.owner::oid AS owner,"
 	" h.max_workers IS NOT NULL AS limited, h.on_unlock IS NOT NULL AS calls, h.handler_id, h.name, h.max_retries,"
 	" coalesce((extract(epoch FROM h.retry_delay) * 1000000)::bigint, -1) AS retry_delay, h.retry_factor,"
 	" (extract(epoch FROM h.retry_delay_max) * 1000000)::bigint AS retry_delay_max"
@@ -122,7 +122,6 @@ typedef struct Settling
 	/* of the claim */
 	int64		open;			/* items not settled before */
 	bool		keyed;
-	bool		claimable;		/* the batch has more to claim */
 	bool		limited;		/* the handler has max_workers */
 	bool		calls;			/* the handler has on_unlock */
 	Oid			owner;
@@ -240,7 +239,6 @@ take_claim(Settling *s)
 	check_member(s);
 	s->open = redrive_int64(0, "open");
 	s->keyed = redrive_bool(0, "keyed");
-	s->claimable = redrive_bool(0, "claimable");
 	s->limited = redrive_bool(0, "limited");
 	s->calls = redrive_bool(0, "calls");
 	chunk->cxt = CurrentMemoryContext;
@@ -408,7 +406,6 @@ settle_all(Settling *s)
 	if (redrive_sql(&complete_all, values, NULL) == 0)
 		return false;
 	s->owner = DatumGetObjectId(redrive_column(0, "owner", &isnull));
-	s->claimable = redrive_bool(0, "claimable");
 	s->limited = redrive_bool(0, "limited");
 	check_member(s);
 	return true;
@@ -438,9 +435,7 @@ settle(FunctionCallInfo fcinfo, bool closes)
 	redrive_disconnect();
 	if (!closes)
 		return;
-	/* otherwise the next claim of the batch does it */
-	if (!s.claimable)
-		redrive_fold_at_commit();
+	redrive_fold_at_commit();
 	if (s.limited)
 		redrive_wake_claimers_at_commit(s.owner);
 }

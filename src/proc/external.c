@@ -66,7 +66,12 @@ redrive_external_look(RedriveDatabase *entry)
 	}
 	if (wanted)
 	{
-		redrive_fold_ended();
+		if (!redrive_fold_ended())
+		{
+			LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+			entry->fold_wanted = true;
+			LWLockRelease(redrive_shared->lock);
+		}
 		folded_at = GetCurrentTimestamp();
 	}
 	redrive_sql_one_row(&next_lease, NULL, NULL);

@@ -170,10 +170,50 @@ foreach my $i (1 .. 100)
 }
 like($told, qr/Asynchronous notification "redrive_work" received/, 'a listener is told');
 $session->quit;
+
+# --- the end of a batch is written down at once, whichever worker commits last, and although somebody had locked it
+#
+# Seen red: with the fold left to the next claim while the batch has more to claim (flow/settle.c), and with the wish to fold
+# dropped when the batch is locked (proc/external.c), it takes until the supervisor's next look.
+$node->safe_psql('postgres', "SELECT redrive.create_handler('ending', kind => 'external')");
+my $claim_one = "SELECT chunk_id, lease_token FROM redrive.claim('ending', 1)";
+my $end = "SELECT state FROM redrive.batch_progress WHERE label =";
+
+# Have a client do something in a transaction that stays open until gate "end" opens.
+sub stays_open
+{
+	my ($sql) = @_;
+
+	set_gate($node, 'end', 0);
+	my $client = client(["/* open */ BEGIN; $sql; SELECT wait_for_gate('end'); COMMIT"]);
+	ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* open */%' AND wait_event = 'PgSleep'", '1'), 'a transaction is open');
+	return $client;
+}
+$node->safe_psql('postgres', "SELECT redrive.submit('ending', ARRAY['1', '2']::jsonb[], label => 'two')");
+my ($ending_chunk, $ending_token) = split /\|/, $node->safe_psql('postgres', $claim_one);
+my $open = stays_open("SELECT redrive.complete($ending_chunk, $ending_token)");
+$node->safe_psql('postgres', "SELECT redrive.complete(c.chunk_id, c.lease_token) FROM ($claim_one) AS c");
+ok(poll_until($node, "SELECT bool_and(c.folded) FROM redrive.chunks AS c JOIN redrive.batches AS b USING (batch_id) WHERE b.label = 'two' AND c.state = 'done'"), 'the supervisor has looked');
+set_gate($node, 'end', 1);
+ok(poll_until($node, "$end 'two'", 'finished', timeout => 10), 'the last commit ends a batch');
+IPC::Run::finish($open->{run});
+
+$node->safe_psql('postgres', "SELECT redrive.submit('ending', ARRAY['1']::jsonb[], label => 'locked')");
+($ending_chunk, $ending_token) = split /\|/, $node->safe_psql('postgres', $claim_one);
+$open = stays_open("SELECT batch_id FROM redrive.batches WHERE label = 'locked' FOR UPDATE");
+$node->safe_psql('postgres', "SET statement_timeout = '20 s'; SELECT redrive.complete($ending_chunk, $ending_token)");
+$node->safe_psql('postgres', "SELECT redrive.submit('ending', ARRAY['1']::jsonb[], label => 'another')");
+$node->safe_psql('postgres', "SELECT redrive.complete(c.chunk_id, c.lease_token) FROM ($claim_one) AS c");
+ok(poll_until($node, "$end 'another'", 'finished', timeout => 10), 'while a batch is locked others end');
+set_gate($node, 'end', 1);
+ok(poll_until($node, "$end 'locked'", 'finished', timeout => 10), '... and it ends when it is free');
+IPC::Run::finish($open->{run});
+
 verified_ok($node, 'at the end');
 $node->stop;
 
 # --- without preload: claims look by themselves, take back what is lost and write down the end
+
 my $bare = new_node('bare', conf => "shared_preload_libraries = ''");
 $bare->safe_psql('postgres', "SELECT redrive.create_handler('work', kind => 'external')");
 $waits = client(["/* bare */ SELECT string_agg(item_no::text, ' ' ORDER BY item_no), max(chunk_id), max(lease_token) FROM redrive.claim('work', lease => '1 ms', wait => '1 min')"], $bare);
