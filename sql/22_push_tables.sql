@@ -143,8 +143,7 @@ CREATE TABLE redrive.pushes (
     CONSTRAINT pushes_lease_check CHECK ((state = 'in_flight') = (lease_until IS NOT NULL) AND (lease_until IS NULL) = (lease_owner IS NULL)),
     CONSTRAINT pushes_retry_count_check CHECK (retry_count >= 0 AND free_count >= 0)
 ) WITH (fillfactor = 70);
-CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, next_attempt_at) WHERE state IN ('pending', 'waiting') AND NOT awaits_build;
-CREATE INDEX pushes_build_idx ON redrive.pushes (platform_id, next_attempt_at) WHERE state IN ('pending', 'waiting') AND awaits_build;
+CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
 CREATE INDEX pushes_lease_idx ON redrive.pushes (lease_until) WHERE state = 'in_flight';
 CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
 COMMENT ON TABLE redrive.pushes IS 'One row per task and platform: what is wanted there, what was delivered, and the next attempt';

@@ -96,11 +96,12 @@ $$;
 -- Fold the ended chunks whose worker could not do it, or did it in a commit that
 -- a crash swallowed; return how many batches had any.  A batch that somebody has
 -- locked is left for the next call: the supervisor must not wait for users.
-CREATE FUNCTION redrive._fold_ended() RETURNS bigint
+-- p_all: batches too of which more can be claimed, whose next claim would do it.
+CREATE FUNCTION redrive._fold_ended(p_all boolean DEFAULT true) RETURNS bigint
 LANGUAGE sql AS $$
     SELECT count(redrive._fold(f.batch_id))
     FROM (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x WHERE NOT x.folded AND x.state = 'done') AS c
-    CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id FOR UPDATE SKIP LOCKED) AS f
+    CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id AND (p_all OR NOT b.claimable) FOR UPDATE SKIP LOCKED) AS f
 $$;
 
 -- Pause a live batch; the caller holds its row lock or does not care who wins.

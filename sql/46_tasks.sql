@@ -1,6 +1,6 @@
 -- Tasks: recorded by applications, or by a trigger on a table of theirs.
 
--- Let pushes follow the tasks with these numbers: a row for each platform of
+-- Let pushes follow the tasks with these numbers, all of one owner: a row for each platform of
 -- the owner, and with a new version a new budget.  A push that is under way
 -- stays so; its record sees that more is wanted.  Returns the number of rows
 -- changed.
@@ -12,7 +12,7 @@ BEGIN
     -- one that is being dropped, or gets another build function, is waited for, before any push is locked
     PERFORM
     FROM redrive.platforms AS p
-    WHERE p.owner IN (SELECT t.owner FROM unnest(p_task_ids) AS n (task_id) CROSS JOIN LATERAL (SELECT x.owner FROM redrive.tasks AS x WHERE x.task_id = n.task_id OFFSET 0) AS t)
+    WHERE p.owner = (SELECT t.owner FROM redrive.tasks AS t WHERE t.task_id = p_task_ids[1])
       AND p.platform_id = coalesce(p_platform_id, p.platform_id)
     ORDER BY p.platform_id
     FOR KEY SHARE OF p;

@@ -50,13 +50,22 @@ BEGIN
     IF p_platform IS NOT NULL THEN
         SELECT p.platform_id INTO v_platform_id FROM redrive._platform(p_caller, p_platform) AS p;
     END IF;
+    WITH wanted AS (
+        -- in the order in which tasks are recorded
+        SELECT u.push_id
+        FROM redrive.pushes AS u
+        JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
+        JOIN redrive.tasks AS t ON t.task_id = u.task_id
+        WHERE NOT t.is_test
+          AND u.state IN ('dead', 'waiting', 'blocked')
+          AND p.platform_id = coalesce(v_platform_id, p.platform_id)
+          AND (p_task_key IS NULL OR t.task_key = p_task_key)
+          AND pg_has_role(p_caller, p.owner, 'USAGE')
+        ORDER BY u.task_id, u.platform_id
+        FOR NO KEY UPDATE OF u)
     UPDATE redrive.pushes AS u SET state = 'pending', retry_count = 0, free_count = 0, next_attempt_at = now()
-    FROM redrive.platforms AS p, redrive.tasks AS t
-    WHERE p.platform_id = u.platform_id AND t.task_id = u.task_id AND NOT t.is_test
-      AND u.state IN ('dead', 'waiting', 'blocked')
-      AND p.platform_id = coalesce(v_platform_id, p.platform_id)
-      AND (p_task_key IS NULL OR t.task_key = p_task_key)
-      AND pg_has_role(p_caller, p.owner, 'USAGE');
+    FROM wanted AS w
+    WHERE u.push_id = w.push_id;
     GET DIAGNOSTICS v_count = ROW_COUNT;
     IF v_count > 0 THEN
         PERFORM redrive._wake_pusher(), redrive._wake_supervisor();

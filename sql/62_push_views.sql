@@ -45,9 +45,7 @@ CROSS JOIN LATERAL (
         now() - min(u.next_attempt_at) FILTER (WHERE u.state IN ('pending', 'waiting') AND u.next_attempt_at <= now()) AS oldest_due_age
     FROM (
         -- one part for each partial index: what is delivered is not read
-        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting') AND NOT x.awaits_build
-        UNION ALL
-        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting') AND x.awaits_build
+        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting')
         UNION ALL
         SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state = 'in_flight'
         UNION ALL
@@ -61,6 +59,7 @@ CROSS JOIN LATERAL (
     WHERE l.platform_id = p.platform_id AND l.finished_at > now() - interval '5 min') AS r
 WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
 
+-- For the report and the metrics: attempts without their tasks.
 CREATE VIEW redrive._pushed WITH (security_barrier) AS
 SELECT l.finished_at, p.name AS platform, l.delivered, l.charged
 FROM redrive.push_log AS l

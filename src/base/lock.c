@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lock.c
- *	  Locks that keep two passes of a kind apart.
+ *	  Locks that keep two passes of a kind apart, or two that build for a platform.
  *
  * They are advisory locks of a class that the SQL functions for those cannot
  * name, so that nobody can take one away from us.

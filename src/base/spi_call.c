@@ -14,8 +14,10 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_namespace.h"
 #include "miscadmin.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
@@ -289,4 +291,18 @@ redrive_query_close(RedriveQuery *query)
 	if (query->rows != NULL)
 		SPI_freetuptable(query->rows);
 	pfree(query);
+}
+
+/* Return an array of n values as an argument of a statement; nulls may be NULL. */
+Datum
+redrive_array(Oid type, int n, Datum *values, bool *nulls)
+{
+	int			dims[1] = {n};
+	int			lbs[1] = {1};
+	int16		len;
+	bool		byval;
+	char		align;
+
+	get_typlenbyvalalign(type, &len, &byval, &align);
+	return PointerGetDatum(construct_md_array(values, nulls, 1, dims, lbs, type, len, byval, align));
 }

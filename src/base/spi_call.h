@@ -58,6 +58,7 @@ extern int64 redrive_int64(int row, const char *name);
 extern bool redrive_bool(int row, const char *name);
 extern char *redrive_text(int row, const char *name, MemoryContext cxt);
 extern void redrive_free_rows(void);
+extern Datum redrive_array(Oid type, int n, Datum *values, bool *nulls);
 extern void redrive_trigger_rows(TriggerData *data);
 extern RedriveQuery *redrive_query_open(const char *text, int ncolumns, Oid *types, const char *expected);
 extern int	redrive_query_fetch(RedriveQuery *query, int rows);

@@ -14,7 +14,6 @@
 
 #include "catalog/pg_type.h"
 #include "pgstat.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/jsonb.h"
@@ -108,23 +107,6 @@ redrive_built_body(Datum result, bool isnull, MemoryContext cxt)
 	return MemoryContextStrdup(cxt, JsonbToCString(NULL, &jsonb->root, VARSIZE(jsonb)));
 }
 
-/* Return an array of so many texts, some of which are NULL. */
-static Datum
-text_array(char **texts, int n)
-{
-	Datum	   *values = palloc0(n * sizeof(Datum));
-	bool	   *nulls = palloc0(n * sizeof(bool));
-	int			dims[1] = {n};
-	int			lbs[1] = {1};
-
-	for (int i = 0; i < n; i++)
-		if (texts[i] == NULL)
-			nulls[i] = true;
-		else
-			values[i] = CStringGetTextDatum(texts[i]);
-	return PointerGetDatum(construct_md_array(values, nulls, 1, dims, lbs, TEXTOID, -1, false, TYPALIGN_INT));
-}
-
 /*
  * Build bodies that are due, for one platform of a role, and commit.
  *
@@ -141,8 +123,10 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	Datum	   *tasks;
 	Datum	   *ids;
 	Datum	   *versions;
-	char	  **bodies;
-	char	  **errors;
+	Datum	   *bodies;
+	Datum	   *errors;
+	bool	   *failed;
+	bool	   *succeeded;
 	int			n = 0;
 
 	values[0] = ObjectIdGetDatum(owner);
@@ -166,8 +150,10 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	tasks = palloc(rows * sizeof(Datum));
 	ids = palloc(rows * sizeof(Datum));
 	versions = palloc(rows * sizeof(Datum));
-	bodies = palloc0(rows * sizeof(char *));
-	errors = palloc0(rows * sizeof(char *));
+	bodies = palloc0(rows * sizeof(Datum));
+	errors = palloc0(rows * sizeof(Datum));
+	failed = palloc(rows * sizeof(bool));
+	succeeded = palloc(rows * sizeof(bool));
 	for (uint64 row = 0; row < rows; row++)
 	{
 		bool		isnull;
@@ -181,17 +167,22 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	{
 		int64		push_id = DatumGetInt64(ids[n]);
 		ErrorData  *error = NULL;
+		char	   *body;
 
-		if (!redrive_run_callbacks(function, CALLBACK_BUILD, 0, 1, &tasks[n], CRUMB_BUILD, &push_id, &bodies[n], &error))
-			errors[n] = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message != NULL ? error->message : "");
+		succeeded[n] = redrive_run_callbacks(function, CALLBACK_BUILD, 0, 1, &tasks[n], CRUMB_BUILD, &push_id, &body, &error);
+		failed[n] = !succeeded[n];
+		if (succeeded[n])
+			bodies[n] = CStringGetTextDatum(body);
+		else
+			errors[n] = CStringGetTextDatum(psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message != NULL ? error->message : ""));
 		n++;
 		if (GetCurrentTimestamp() - now >= BUILD_INTERVAL_US || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS || redrive_stop_requested())
 			break;
 	}
-	values[0] = PointerGetDatum(construct_array(ids, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
-	values[1] = PointerGetDatum(construct_array(versions, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
-	values[2] = text_array(bodies, n);
-	values[3] = text_array(errors, n);
+	values[0] = redrive_array(INT8OID, n, ids, NULL);
+	values[1] = redrive_array(INT8OID, n, versions, NULL);
+	values[2] = redrive_array(TEXTOID, n, bodies, failed);
+	values[3] = redrive_array(TEXTOID, n, errors, succeeded);
 	values[4] = TimestampTzGetDatum(now);
 	(void) redrive_sql(&record_builds, values, NULL);
 	redrive_wake_pusher_at_commit();

@@ -81,14 +81,15 @@ static RedriveSql rescue = {
 	0, {0}
 };
 
-/* Batches that have nothing more to claim, as this is where they may end. */
+/* Of batches that have nothing more to claim, as these may end. */
 static RedriveSql fold_ended = {
-	"WITH c AS MATERIALIZED (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x JOIN redrive.batches AS b ON b.batch_id = x.batch_id"
-	"  WHERE NOT x.folded AND x.state = 'done' AND NOT b.claimable),"
-	" f AS MATERIALIZED (SELECT l.batch_id FROM c"
-	"  CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id FOR UPDATE SKIP LOCKED) AS l),"
-	" d AS MATERIALIZED (SELECT count(redrive._fold(f.batch_id)) AS batches FROM f)"
-	" SELECT d.batches, (SELECT count(*) FROM c) > d.batches AS locked FROM d",
+	"SELECT redrive._fold_ended(false) AS batches",
+	0, {0}
+};
+
+static RedriveSql left_unfolded = {
+	"SELECT EXISTS (SELECT FROM redrive.chunks AS x JOIN redrive.batches AS b ON b.batch_id = x.batch_id"
+	" WHERE NOT x.folded AND x.state = 'done' AND NOT b.claimable) AS any",
 	0, {0}
 };
 
@@ -262,18 +263,19 @@ redrive_rescue(void)
 }
 
 /*
- * Fold what has ended, in the supervisor, and commit.  Returns false when somebody
- * has locked a batch: it is to be asked again.
+ * Fold what has ended, in the supervisor, and commit.  Returns whether something
+ * is left, of a batch that somebody has locked: it is to be asked again.
  */
 bool
 redrive_fold_ended(void)
 {
-	bool		locked;
+	bool		left;
 
 	redrive_sql_one_row(&fold_ended, NULL, NULL);
-	locked = redrive_bool(0, "locked");
 	if (redrive_int64(0, "batches") > 0)
 		redrive_batch_ended_at_commit();
+	redrive_sql_one_row(&left_unfolded, NULL, NULL);
+	left = redrive_bool(0, "any");
 	redrive_commit_lazily();
-	return !locked;
+	return left;
 }

@@ -93,7 +93,7 @@ redrive__retry_delay(PG_FUNCTION_ARGS)
 
 static RedriveSql record_tasks = {
 	"SELECT redrive._record_tasks($1, $2, $3, $4, $5, $6)",
-	6, {OIDOID, TEXTARRAYOID, TEXTARRAYOID, 3807 /* jsonb[] */ , TEXTARRAYOID, 1000 /* bool[] */ }
+	6, {OIDOID, TEXTARRAYOID, TEXTARRAYOID, JSONBARRAYOID, TEXTARRAYOID, BOOLARRAYOID}
 };
 
 /*
@@ -110,7 +110,7 @@ redrive__task_source(PG_FUNCTION_ARGS)
 	char	  **args;
 	int			nargs;
 	RedriveQuery *query;
-	Oid			types[5] = {TEXTARRAYOID, TEXTARRAYOID, 3807, TEXTARRAYOID, 1000};
+	Oid			types[5] = {TEXTARRAYOID, TEXTARRAYOID, JSONBARRAYOID, TEXTARRAYOID, BOOLARRAYOID};
 	bool		isnull;
 	Datum		values[6];
 

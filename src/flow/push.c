@@ -11,7 +11,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -19,9 +18,6 @@
 #include "base/guc.h"
 #include "base/spi_call.h"
 #include "flow/push.h"
-
-/* has no name in pg_type.h */
-#define BOOLARRAY 1000
 
 /*
  * The version that is sent is that of the task as this statement sees it, with
@@ -48,7 +44,7 @@ static RedriveSql claim_pushes = {
 	"  sent_version = w.version, is_probe = w.probe"
 	" FROM wanted AS w WHERE u.push_id = w.push_id"
 	" RETURNING u.push_id, u.platform_id::int8 AS platform_id, u.attempt_no, u.sent_version, u.push_key::text || '-' || u.sent_version AS id, u.is_probe, w.body",
-	.nargs = 6,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAY, BOOLARRAY, TIMESTAMPTZOID, INT8OID}
+	.nargs = 6,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID}
 };
 
 static RedriveSql next_push = {
@@ -112,10 +108,10 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
 	}
 	if (n == 0)
 		return NIL;
-	values[0] = PointerGetDatum(construct_array(ids, n, INT4OID, sizeof(int32), true, TYPALIGN_INT));
-	values[1] = PointerGetDatum(construct_array(rooms, n, INT4OID, sizeof(int32), true, TYPALIGN_INT));
-	values[2] = PointerGetDatum(construct_array(probes, n, BOOLOID, sizeof(bool), true, TYPALIGN_CHAR));
-	values[3] = PointerGetDatum(construct_array(built, n, BOOLOID, sizeof(bool), true, TYPALIGN_CHAR));
+	values[0] = redrive_array(INT4OID, n, ids, NULL);
+	values[1] = redrive_array(INT4OID, n, rooms, NULL);
+	values[2] = redrive_array(BOOLOID, n, probes, NULL);
+	values[3] = redrive_array(BOOLOID, n, built, NULL);
 	values[4] = TimestampTzGetDatum(now);
 	values[5] = Int64GetDatum(pusher);
 	rows = redrive_sql(&claim_pushes, values, NULL);
@@ -199,7 +195,7 @@ redrive_next_push(List *platforms, List *claimed)
 		((Claimed *) lfirst(lc))->push->platform->in_flight--;
 	if (n == 0)
 		return DT_NOEND;
-	values[0] = PointerGetDatum(construct_array(ids, n, INT4OID, sizeof(int32), true, TYPALIGN_INT));
+	values[0] = redrive_array(INT4OID, n, ids, NULL);
 	rows = redrive_sql(&next_push, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{

@@ -13,7 +13,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "utils/array.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -53,8 +52,8 @@ redrive_put_locked_last(Push **pushes, int n)
 		ids[i] = Int64GetDatum(pushes[i]->push_id);
 		attempts[i] = Int64GetDatum(pushes[i]->attempt_no);
 	}
-	values[0] = PointerGetDatum(construct_array(ids, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	values[1] = PointerGetDatum(construct_array(attempts, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	values[0] = redrive_array(INT8OID, n, ids, NULL);
+	values[1] = redrive_array(INT8OID, n, attempts, NULL);
 	n_locked = redrive_sql(&locked_pushes, values, NULL);
 	for (uint64 row = 0; row < n_locked; row++)
 	{

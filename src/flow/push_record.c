@@ -4,17 +4,15 @@
  *	  Write down what came of pushes.
  *
  * A record is fenced by the number of the attempt, so a late one changes nothing.
- * What was delivered, which most are, has a statement of its own: the other has six
- * times as much to decide about each row.
+ * What was delivered, which most are, has a statement of its own: the other has much
+ * more to decide about each row.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/lsyscache.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
@@ -23,10 +21,6 @@
 
 #define MAX_FREE_RETRIES 20
 #define CHANGED_MS 100			/* a platform is being changed: ask again */
-
-/* arrays without a name in pg_type.h */
-#define BOOLARRAY 1000
-#define TIMESTAMPTZARRAY 1185
 
 /* Which answers are what success_when wants.  $1 platform, $2 answer. */
 static RedriveSql judge_answers = {
@@ -93,8 +87,8 @@ static RedriveSql record_failed = {
 	" CROSS JOIN LATERAL (SELECT z.max_retries, z.retry_interval, z.retry_factor, z.retry_delay_max FROM redrive.platforms AS z WHERE z.platform_id = r.platform_id OFFSET 0) AS p"
 	" WHERE u.push_id = r.push_id AND u.state = 'in_flight' AND u.attempt_no = r.attempt_no"
 	" RETURNING r.place, r.charged",
-	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAY, BOOLARRAY, BOOLARRAY, BOOLARRAY, INT4ARRAYOID, TEXTARRAYOID,
-	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAY, TIMESTAMPTZOID, INT4OID}
+	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, INT4ARRAYOID, TEXTARRAYOID,
+	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZOID, INT4OID}
 };
 
 /*
@@ -190,20 +184,6 @@ write_log(AttemptLog *log)
 	redrive_table_insert(psprintf("push_log_%d", part), L_COLUMNS, log->n, log->values, log->nulls);
 }
 
-/* Return an array made of n values; nulls may be NULL. */
-static Datum
-array_of(Oid type, int n, Datum *values, bool *nulls)
-{
-	int			dims[1] = {n};
-	int			lbs[1] = {1};
-	int16		len;
-	bool		byval;
-	char		align;
-
-	get_typlenbyvalalign(type, &len, &byval, &align);
-	return PointerGetDatum(construct_md_array(values, nulls, 1, dims, lbs, type, len, byval, align));
-}
-
 /* A push was answered, but not as its platform should. */
 static void
 reject(Push *p, const char *message)
@@ -236,8 +216,8 @@ judge(Push **pushes, int n)
 		}
 	if (n_answered == 0)
 		return;
-	args[0] = array_of(INT4OID, n_answered, platforms, NULL);
-	args[1] = array_of(TEXTOID, n_answered, answers, NULL);
+	args[0] = redrive_array(INT4OID, n_answered, platforms, NULL);
+	args[1] = redrive_array(TEXTOID, n_answered, answers, NULL);
 	rows = redrive_sql(&judge_answers, args, NULL);
 	for (uint64 row = 0; row < rows; row++)
 		fits[redrive_int64(row, "place") - 1] = true;
@@ -271,7 +251,7 @@ check_blocked(Push **pushes, int n)
 	}
 	if (n_blocked == 0)
 		return;
-	args[0] = array_of(INT4OID, n_blocked, ids, NULL);
+	args[0] = redrive_array(INT4OID, n_blocked, ids, NULL);
 	rows = redrive_sql(&keep_platforms, args, NULL);
 	for (int i = 0; i < n; i++)
 	{
@@ -308,9 +288,9 @@ record_delivered_pushes(Push **pushes, int n, AttemptLog *log, bool without_answ
 		statuses[i] = Int32GetDatum(pushes[i]->status);
 		any_built |= pushes[i]->platform->has_build;
 	}
-	args[0] = array_of(INT8OID, n, ids, NULL);
-	args[1] = array_of(INT8OID, n, attempts, NULL);
-	args[2] = array_of(INT4OID, n, statuses, NULL);
+	args[0] = redrive_array(INT8OID, n, ids, NULL);
+	args[1] = redrive_array(INT8OID, n, attempts, NULL);
+	args[2] = redrive_array(INT4OID, n, statuses, NULL);
 	args[3] = TimestampTzGetDatum(GetCurrentTimestamp());
 	note_attempts(log, pushes, redrive_sql(&record_delivered, args, NULL), without_answers);
 	if (any_built)
@@ -360,7 +340,7 @@ record_failed_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers
 	}
 #undef SET_TEXT
 	for (int c = 0; c < N_COLUMNS; c++)
-		args[c] = array_of(types[c], n, values[c], nulls[c]);
+		args[c] = redrive_array(types[c], n, values[c], nulls[c]);
 	args[N_COLUMNS] = TimestampTzGetDatum(GetCurrentTimestamp());
 	args[N_COLUMNS + 1] = Int32GetDatum(MAX_FREE_RETRIES);
 	note_attempts(log, pushes, redrive_sql(&record_failed, args, NULL), without_answers);

@@ -66,7 +66,7 @@ redrive_external_look(RedriveDatabase *entry)
 	}
 	if (wanted)
 	{
-		if (!redrive_fold_ended())
+		if (redrive_fold_ended())
 		{
 			LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 			entry->fold_wanted = true;
