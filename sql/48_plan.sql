@@ -15,7 +15,8 @@ BEGIN
         JOIN redrive.tasks AS t ON t.owner = p.owner AND NOT t.is_test AND t.changed_at >= p_as_of - p.push_window
         WHERE p.platform_id = p_platform_id
           AND NOT EXISTS (SELECT FROM redrive.pushes AS u WHERE u.task_id = t.task_id AND u.platform_id = p.platform_id)
-        LIMIT c_portion) AS x;
+        LIMIT c_portion
+        FOR SHARE OF t SKIP LOCKED) AS x; -- who records one now plans it
     planned := CASE WHEN v_ids IS NULL THEN 0 ELSE redrive._plan_tasks(v_ids, p_platform_id) END;
     more := coalesce(cardinality(v_ids), 0) = c_portion;
 END
@@ -50,7 +51,11 @@ DECLARE
 BEGIN
     more := false;
     FOR v_platform IN
-        SELECT p.platform_id, coalesce(p.planned_at, clock_timestamp()) AS planned_at FROM redrive.platforms AS p WHERE p.needs_plan ORDER BY p.platform_id
+        SELECT p.platform_id, coalesce(p.planned_at, clock_timestamp()) AS planned_at
+        FROM redrive.platforms AS p
+        WHERE p.needs_plan
+        ORDER BY p.platform_id
+        FOR NO KEY UPDATE SKIP LOCKED -- one that is being changed waits for the next pass
     LOOP
         -- asked first: of a transaction that ends now the tasks are seen
         v_older := redrive._older_transaction(v_platform.planned_at);
@@ -69,12 +74,11 @@ BEGIN
     WITH old AS (
         SELECT u.push_id
         FROM redrive.platforms AS p
-        CROSS JOIN LATERAL (
-            SELECT x.push_id, x.task_id FROM redrive.pushes AS x
-            WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting')) AS u
+        JOIN redrive.pushes AS u ON u.platform_id = p.platform_id AND u.state IN ('pending', 'waiting')
         JOIN redrive.tasks AS t ON t.task_id = u.task_id
         WHERE t.changed_at < p_as_of - p.push_window
-        LIMIT c_portion)
+        LIMIT c_portion
+        FOR NO KEY UPDATE OF u SKIP LOCKED) -- its task is being recorded
     UPDATE redrive.pushes AS u SET state = 'dead', error_class = 'expired', message = 'The task changed longer ago than push_window.'
     FROM old AS o
     WHERE u.push_id = o.push_id AND u.state IN ('pending', 'waiting');

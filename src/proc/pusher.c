@@ -195,10 +195,11 @@ send_push(Claimed *claimed)
 
 /*
  * Record so many results; when the data of one cannot be stored, half of them
- * at a time, to find the culprit.  Each in a transaction of its own.
+ * at a time, to find the culprit, and that without its answer.  Each in a
+ * transaction of its own.
  */
 static void
-record_apart(Push **pushes, int n)
+record_apart(Push **pushes, int n, bool without_answers)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
 	volatile bool failed = false;
@@ -206,13 +207,13 @@ record_apart(Push **pushes, int n)
 	PG_TRY();
 	{
 		redrive_worker_begin();
-		redrive_record_pushes(pushes, n, n == 1);
+		redrive_record_pushes(pushes, n, without_answers);
 		redrive_worker_end();
 	}
 	PG_CATCH();
 	{
 		MemoryContextSwitchTo(old_cxt);
-		if (n == 1)
+		if (without_answers || (n == 1 && ERRCODE_TO_CATEGORY(geterrcode()) != ERRCODE_DATA_EXCEPTION))
 			PG_RE_THROW();
 		FlushErrorState();
 		redrive_worker_abort();
@@ -220,10 +221,12 @@ record_apart(Push **pushes, int n)
 		failed = true;
 	}
 	PG_END_TRY();
-	if (failed)
+	if (failed && n == 1)
+		record_apart(pushes, n, true);
+	else if (failed)
 	{
-		record_apart(pushes, n / 2);
-		record_apart(pushes + n / 2, n - n / 2);
+		record_apart(pushes, n / 2, false);
+		record_apart(pushes + n / 2, n - n / 2, false);
 	}
 }
 
@@ -348,7 +351,7 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 			return look_for_locks = true;
 		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			return false;
-		record_apart(pushes, n);
+		record_apart(pushes, n, false);
 		n_recorded = n;
 		/* nothing was claimed, and the platforms are still to be written */
 	}
