@@ -2,6 +2,8 @@
 # the receiver is the truth: nothing is lost, what comes twice has the same id, there are no more attempts than allowed, and the
 # versions of a task come in order.
 #
+# Seen red: with the number of the attempt in the id (flow/push.c).
+#
 #   REDRIVE_SEEDS=200   so many moments instead of 5 (scripts/nightly)
 #   REDRIVE_SEED=7      this one only: the number that a failure names
 use strict;
