@@ -12,7 +12,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit
-  create_effects create_await set_gate batch_is verified_ok wait_for_page);
+  create_effects create_await set_gate batch_is verified_ok wait_for_page private_kb);
 
 # Seconds that one wait may take.
 my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
@@ -172,6 +172,17 @@ sub kill_postmaster
 	# a zombie still answers to kill(0), which makes the next start refuse
 	unlink $pidfile, $node->host . '/.s.PGSQL.' . $node->port . '.lock';
 	return;
+}
+
+# Return the private memory of a process in kB; undef if it is gone, or if this is no
+# measure here: without /proc, or with a runtime that keeps what was freed.
+sub private_kb
+{
+	my ($pid) = @_;
+
+	return if ($ENV{LD_PRELOAD} // '') =~ /asan/ || !open(my $status, '<', "/proc/$pid/status");
+	my ($kb) = map { /^RssAnon:\s+(\d+)/ ? $1 : () } <$status>;
+	return $kb;
 }
 
 # Create what handlers of the tests need, in the schema public and usable by
