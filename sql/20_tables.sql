@@ -162,7 +162,8 @@ CREATE INDEX chunks_unfolded_idx ON redrive.chunks (batch_id) WHERE NOT folded;
 CREATE INDEX chunks_running_idx ON redrive.chunks (handler_id) WHERE state = 'running';
 CREATE INDEX chunks_orphaned_idx ON redrive.chunks (handler_id) WHERE state = 'orphaned';
 CREATE INDEX chunks_batch_id_idx ON redrive.chunks (batch_id);
-CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE state = 'done';
+-- not WHERE state = 'done': while the table is small it would be taken for what chunks_unfolded_idx is for
+CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
 
 -- The items of a retry chunk, in their order, as long as it is not done.
 CREATE TABLE redrive.retry_lists (

@@ -58,7 +58,8 @@ $$;
 CREATE FUNCTION redrive._next_due(p_as_of timestamptz) RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
     SELECT least(
-        (SELECT min(b.serve_after) FROM redrive.batches AS b WHERE b.claimable AND b.serve_after > p_as_of),
+        -- once claimed it has been due; the time of the last claim may be a moment later than ours
+        (SELECT min(b.serve_after) FROM redrive.batches AS b WHERE b.claimable AND b.state = 'ready' AND b.serve_after > p_as_of),
         (SELECT min(w.due)
          FROM redrive.handlers AS h
          CROSS JOIN LATERAL (

@@ -7,3 +7,5 @@ DROP FUNCTION redrive._plan_platform(int, timestamptz);
 DROP INDEX redrive.pushes_due_idx, redrive.pushes_build_idx;
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
 DROP FUNCTION redrive._fold_ended();
+DROP INDEX redrive.chunks_finished_idx;
+CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;

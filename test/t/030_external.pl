@@ -24,6 +24,31 @@ CREATE FUNCTION ended(batch_id bigint, run_no int) RETURNS void LANGUAGE sql AS 
 SELECT redrive.create_handler('work', kind => 'external', retry_delay => '100 ms', on_finish => 'ended');
 });
 
+# --- a claim costs the same whatever has been claimed before
+# One session, whose plans were made while the tables were empty.
+#
+# Seen red: with chunks_finished_idx WHERE state = 'done' (sql/20_tables.sql), 200 claims
+# read 20 000 entries of it.
+$node->safe_psql('postgres',
+	"SELECT redrive.create_handler('one by one', kind => 'external');
+	 SELECT redrive.submit('one by one', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 200) AS i), label => 'short')");
+$node->safe_psql('postgres', q{
+DO $$
+DECLARE
+    c record;
+BEGIN
+    FOR i IN 1 .. 200 LOOP
+        SELECT chunk_id, lease_token INTO c FROM redrive.claim('one by one', 1);
+        COMMIT;
+        PERFORM redrive.complete(c.chunk_id, c.lease_token);
+        COMMIT;
+    END LOOP;
+END $$});
+batch_is($node, 'short');
+ok(poll_until($node, "SELECT idx_scan >= 200 FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_running_idx'::regclass OR indexrelid = 'redrive.chunks_unfolded_idx'::regclass ORDER BY idx_scan DESC LIMIT 1"), 'claims look for chunks');
+cmp_ok($node->safe_psql('postgres', "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_finished_idx'::regclass"), '<', 200, '... but not among those that ended');
+is($node->safe_psql('postgres', "SELECT coalesce(redrive._next_due((SELECT min(started_at) FROM redrive.batches) - interval '1 min')::text, 'nothing')"), 'nothing', '... and their supervisor sleeps');
+
 # Start a client; what it prints goes to the returned hash.
 sub client
 {
