@@ -55,7 +55,7 @@ $$;
 --   busy     another session has locked what there is
 --   changed  nothing to claim, but something was written down: do not wait now
 --   none     nothing to claim
-CREATE FUNCTION redrive._take_work(h redrive.handlers, p_max_items bigint, p_lease interval, p_worker text,
+CREATE FUNCTION redrive._take_work(h redrive.handlers, p_max_items bigint, p_lease interval, p_worker text, p_may_wait boolean,
     OUT outcome text, OUT c redrive.chunks, OUT more boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -175,8 +175,9 @@ BEGIN
         RETURN;
     END LOOP;
     IF v_locked IS NOT NULL AND outcome = 'none' THEN
-        IF redrive._lock_soon(v_locked) THEN
-            SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker);
+        -- once: an orphaned chunk can be locked without its batch
+        IF p_may_wait AND redrive._lock_soon(v_locked) THEN
+            SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, false);
             outcome := t.outcome;
             c := t.c;
             more := t.more;
@@ -276,8 +277,12 @@ BEGIN
         RETURN NEXT;
         RETURN;
     END IF;
+    IF h.max_workers IS NOT NULL AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'cannot count the claims of handler "%" in a transaction with one snapshot', p_handler USING ERRCODE = '55000',
+            DETAIL = 'It has max_workers, and claims that were committed since would not be seen.', HINT = 'Claim at isolation level READ COMMITTED.';
+    END IF;
     IF h.max_workers IS NULL THEN
-        SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker);
+        SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, true);
         outcome := t.outcome;
     ELSE
         BEGIN
@@ -285,7 +290,7 @@ BEGIN
             IF NOT FOUND THEN
                 outcome := 'busy';
             ELSIF h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running') THEN
-                SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker);
+                SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, true);
                 outcome := t.outcome;
             END IF;
             IF outcome IN ('busy', 'none') THEN
@@ -316,7 +321,7 @@ CREATE FUNCTION redrive.claim(handler text, max_items int DEFAULT 100, lease int
 RETURNS TABLE (chunk_id bigint, lease_token bigint, batch_id bigint, item_no bigint, key text, payload jsonb, attempt int, lease_until timestamptz)
 LANGUAGE c VOLATILE ROWS 100 AS 'MODULE_PATHNAME', 'redrive_claim_external';
 COMMENT ON FUNCTION redrive.claim IS
-'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or wait at another isolation level, 22023 max_items, lease or wait out of range, 22004 lease NULL.';
+'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or at another isolation level with wait, or of a handler with max_workers, 22023 max_items, lease or wait out of range, 22004 lease NULL.';
 
 -- Refuse whoever has not the claim he says, or has it no more.
 CREATE FUNCTION redrive._refuse_claim(p_caller oid, p_chunk_id bigint, p_lease_token bigint) RETURNS void

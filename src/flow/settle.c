@@ -72,9 +72,10 @@ static RedriveSql open_items = {
 	2, {INT8OID, INT8ARRAYOID}
 };
 
+/* What is before done_to of a retry chunk was split from it. */
 static RedriveSql was_in_claim = {
 	"SELECT CASE c.kind WHEN 'first' THEN $2 BETWEEN c.from_no AND c.to_no"
-	" ELSE EXISTS (SELECT FROM redrive.retry_lists AS l WHERE l.chunk_id = c.chunk_id AND $2 = ANY (l.item_nos)) END AS was"
+	" ELSE $2 > c.done_to AND EXISTS (SELECT FROM redrive.retry_lists AS l WHERE l.chunk_id = c.chunk_id AND $2 = ANY (l.item_nos)) END AS was"
 	" FROM redrive.chunks AS c WHERE c.chunk_id = $1",
 	2, {INT8OID, INT8OID}
 };

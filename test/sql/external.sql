@@ -399,6 +399,10 @@ $$;
 \x on
 \pset format unaligned
 \pset tuples_only on
+-- with one snapshot it could not be counted how many there are
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT how($$SELECT * FROM redrive.claim('order')$$);
+ROLLBACK;
 SELECT redrive.create_handler('seen', kind => 'external', max_workers => 1);
 SELECT submit('seen', 'seen', 9);
 SELECT * FROM why('seen');
