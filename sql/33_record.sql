@@ -129,7 +129,7 @@ BEGIN
     SELECT s.* INTO b FROM redrive.batches AS s JOIN redrive.chunks AS r ON r.batch_id = s.batch_id
     WHERE r.chunk_id = p_chunk_id FOR UPDATE OF s;
     SELECT * INTO c FROM redrive.chunks
-    WHERE chunk_id = p_chunk_id AND state = 'running' AND lease_token = p_lease_token FOR UPDATE;
+    WHERE chunk_id = p_chunk_id AND lease_token = p_lease_token FOR UPDATE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;

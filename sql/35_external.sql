@@ -351,7 +351,7 @@ DECLARE
 BEGIN
     SELECT x.* INTO c
     FROM redrive.chunks AS x
-    WHERE x.chunk_id = p_chunk_id AND x.lease_token = p_lease_token AND x.state = 'running' AND x.lease_until IS NOT NULL;
+    WHERE x.chunk_id = p_chunk_id AND x.lease_token = p_lease_token AND x.lease_until IS NOT NULL;
     IF NOT FOUND THEN
         PERFORM redrive._refuse_claim(p_caller, p_chunk_id, p_lease_token);
     END IF;
@@ -373,7 +373,7 @@ BEGIN
     END IF;
     UPDATE redrive.chunks AS x
     SET lease = v_lease, lease_until = clock_timestamp() + v_lease
-    WHERE x.chunk_id = p_chunk_id AND x.lease_token = p_lease_token AND x.state = 'running'
+    WHERE x.chunk_id = p_chunk_id AND x.lease_token = p_lease_token AND x.lease_until IS NOT NULL
     RETURNING x.lease_until INTO v_until;
     IF NOT FOUND THEN
         PERFORM redrive._refuse_claim(p_caller, p_chunk_id, p_lease_token);

@@ -67,7 +67,7 @@ BEGIN
         -- one that has become a test
         UPDATE redrive.pushes AS u SET state = 'blocked', error_class = 'test', message = 'The task is a test.'
         FROM unnest(v_tests) AS n (task_id)
-        WHERE u.task_id = n.task_id AND u.state IN ('pending', 'waiting');
+        WHERE u.task_id = n.task_id AND u.state NOT IN ('in_flight', 'delivered', 'dead', 'blocked'); -- so that it goes by task_id
     END IF;
     IF v_ids IS NOT NULL AND redrive._plan_tasks(v_ids) > 0 THEN
         PERFORM redrive._wake_pusher(), redrive._wake_builder(p_owner);

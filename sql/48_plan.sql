@@ -81,7 +81,7 @@ BEGIN
         FOR NO KEY UPDATE OF u SKIP LOCKED) -- its task is being recorded
     UPDATE redrive.pushes AS u SET state = 'dead', error_class = 'expired', message = 'The task changed longer ago than push_window.'
     FROM old AS o
-    WHERE u.push_id = o.push_id AND u.state IN ('pending', 'waiting');
+    WHERE u.push_id = o.push_id;
     GET DIAGNOSTICS v_expired = ROW_COUNT;
     SELECT EXISTS (
         SELECT FROM redrive.platforms AS p

@@ -55,7 +55,8 @@ static RedriveSql due_builds = {
 
 /*
  * $1 number, $2 version, $3 body, $4 error; $5 now.  A failure is an attempt like
- * any other.  What is not wanted any more is left alone.
+ * any other.  What is not wanted any more is left alone.  The states are told by those
+ * it must not have, lest the index of what is due is taken for the way to each row.
  */
 static RedriveSql record_builds = {
 	.lookups = true,
@@ -66,7 +67,7 @@ static RedriveSql record_builds = {
 	" FROM unnest($1, $2, $3, $4) AS n (push_id, version, body, error)"
 	" JOIN redrive.pushes AS u ON u.push_id = n.push_id"
 	" JOIN redrive.platforms AS p ON p.platform_id = u.platform_id"
-	" WHERE u.awaits_build AND u.state IN ('pending', 'waiting') AND u.wanted_version = n.version"
+	" WHERE u.awaits_build AND u.state NOT IN ('in_flight', 'delivered', 'dead', 'blocked') AND u.wanted_version = n.version"
 	" ORDER BY u.task_id FOR NO KEY UPDATE OF u),"
 	" built AS (INSERT INTO redrive.push_bodies (push_id, version, body) SELECT l.push_id, l.version, l.body FROM live AS l WHERE NOT l.failed"
 	"  ON CONFLICT (push_id) DO UPDATE SET version = excluded.version, body = excluded.body, built_at = now()),"

@@ -32,7 +32,7 @@ static RedriveSql locked_pushes = {
 	" CROSS JOIN LATERAL (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id FOR NO KEY UPDATE SKIP LOCKED) AS u)"
 	" SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (push_id, attempt_no, place)"
 	" WHERE NOT EXISTS (SELECT FROM free AS f WHERE f.place = n.place)"
-	" AND EXISTS (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id AND x.state = 'in_flight' AND x.attempt_no = n.attempt_no)",
+	" AND EXISTS (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id AND x.lease_until IS NOT NULL AND x.attempt_no = n.attempt_no)",
 	.nargs = 2,.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
 };
 

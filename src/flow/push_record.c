@@ -3,7 +3,9 @@
  * push_record.c
  *	  Write down what came of pushes.
  *
- * A record is fenced by the number of the attempt, so a late one changes nothing.
+ * A record is fenced by the number of the attempt, so a late one changes nothing.  That a
+ * push is in flight is asked by its lease: by its state, a plan made while few were would
+ * take the index of those for the way to each.
  * What was delivered, which most are, has a statement of its own: the other has much
  * more to decide about each row.
  *
@@ -47,7 +49,7 @@ static RedriveSql record_delivered = {
 	"  pushed_version = u.sent_version, pushed_status = CASE WHEN u.wanted_version = u.sent_version THEN u.wanted_status END,"
 	"  delivered_at = $4, http_status = n.http_status, error_class = NULL, message = NULL, lease_until = NULL, lease_owner = NULL"
 	" FROM unnest($1, $2, $3) WITH ORDINALITY AS n (push_id, attempt_no, http_status, place)"
-	" WHERE u.push_id = n.push_id AND u.state = 'in_flight' AND u.attempt_no = n.attempt_no"
+	" WHERE u.push_id = n.push_id AND u.lease_until IS NOT NULL AND u.attempt_no = n.attempt_no"
 	" RETURNING n.place, false AS charged",
 	.nargs = 4,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, TIMESTAMPTZOID}
 };
@@ -85,7 +87,7 @@ static RedriveSql record_failed = {
 	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) WITH ORDINALITY AS r (push_id, attempt_no, platform_id,"
 	"  charged, permanent, blocked, given_back, wait_ms, error_class, http_status, message, finished_at, place)"
 	" CROSS JOIN LATERAL (SELECT z.max_retries, z.retry_interval, z.retry_factor, z.retry_delay_max FROM redrive.platforms AS z WHERE z.platform_id = r.platform_id OFFSET 0) AS p"
-	" WHERE u.push_id = r.push_id AND u.state = 'in_flight' AND u.attempt_no = r.attempt_no"
+	" WHERE u.push_id = r.push_id AND u.lease_until IS NOT NULL AND u.attempt_no = r.attempt_no"
 	" RETURNING r.place, r.charged",
 	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, INT4ARRAYOID, TEXTARRAYOID,
 	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZOID, INT4OID}

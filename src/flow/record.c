@@ -68,7 +68,7 @@ static RedriveSql fence = {
 	" finished_at = CASE WHEN $9 THEN clock_timestamp() END,"
 	" lease_token = CASE WHEN NOT $9 THEN lease_token END,"
 	" worker_pid = CASE WHEN NOT $9 THEN worker_pid END"
-	" WHERE c.chunk_id = $1 AND c.state = 'running' AND c.lease_token = $2"
+	" WHERE c.chunk_id = $1 AND c.lease_token = $2 AND c.worker_pid IS NOT NULL"
 	" RETURNING (SELECT b.state IN ('running', 'retrying') FROM redrive.batches AS b WHERE b.batch_id = c.batch_id) AS live",
 	9, {INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID}
 };

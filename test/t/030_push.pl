@@ -223,6 +223,20 @@ is(push_of('sound', 'max(u.attempt_no)'), 1, '... at once');
 poll_until($node, "SELECT count(*) > 0 FROM redrive.push_attempts WHERE platform = 'poisoned' AND message = 'The answer cannot be read as JSON.'");
 is($node->safe_psql('postgres', "SELECT string_agg(DISTINCT platform, ' ') FROM redrive.push_attempts WHERE message = 'The answer cannot be read as JSON.'"), 'poisoned', 'only those are rejected');
 
+# A push is recorded by its number, whatever plan was made before there was any.
+#
+# Seen red: with u.state = 'in_flight' in record_delivered (src/flow/push_record.c) 600 pushes read more than 5 000 entries.
+drop_platforms();
+$node->safe_psql('postgres', 'VACUUM ANALYZE redrive.pushes');
+platform($node, $receiver, 'many', '/many', 'max_in_flight => 64');
+my $leases = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.pushes_lease_idx'::regclass";
+my $keys = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.pushes_pkey'::regclass";
+my ($leases_before, $keys_before) = ($node->safe_psql('postgres', $leases), $node->safe_psql('postgres', $keys));
+$node->safe_psql('postgres', "SELECT count(redrive.record_task('many ' || i, 'done')) FROM generate_series(1, 600) AS i");
+becomes('many', 'delivered', 'many pushes');
+ok(poll_until($node, "SELECT ($keys) >= $keys_before + 600"), '... each was looked up');
+cmp_ok($node->safe_psql('postgres', $leases) - $leases_before, '<', 600, '... and not among those in flight');
+
 # Leave.
 platform($node, $receiver, 'hanging', '/delay/60', "timeout => '1 min', lease => '2 min'");
 ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id WHERE p.name = 'hanging' AND u.state = 'in_flight'"), 'a push hangs');
