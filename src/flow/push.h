@@ -132,6 +132,8 @@ extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
 
 /* push_held.c */
 extern int	redrive_put_locked_last(Push **pushes, int n);
+extern void redrive_limit_lock_wait(void);
+extern void redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt);
 extern void redrive_hold_push(Push *push, MemoryContext cxt);
 extern TimestampTz redrive_held_until(void);
 extern Push *redrive_take_held(void);

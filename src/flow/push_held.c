@@ -13,12 +13,15 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
+#include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
+#include "base/xact.h"
 #include "flow/push.h"
 
+#define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 #define HELD_MS 200				/* time to the next try */
 
 static Push *held = NULL;
@@ -96,6 +99,58 @@ redrive_hold_push(Push *push, MemoryContext cxt)
 		held_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), HELD_MS);
 	push->next = held;
 	held = push;
+}
+
+/* Wait for a lock of somebody else only for a moment, to the end of the transaction. */
+void
+redrive_limit_lock_wait(void)
+{
+	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+}
+
+/*
+ * Record so many results; when the data of one cannot be stored, half of them
+ * at a time, to find the culprit, and that without its answer.  What is locked
+ * is held in cxt, and its place is NULL then.  Each in a transaction of its own.
+ */
+void
+redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt)
+{
+	MemoryContext old_cxt = CurrentMemoryContext;
+	volatile bool failed = false;
+	volatile bool locked = false;
+
+	PG_TRY();
+	{
+		redrive_worker_begin();
+		redrive_limit_lock_wait();
+		redrive_record_pushes(pushes, n, without_answers);
+		redrive_worker_end();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(old_cxt);
+		locked = geterrcode() == ERRCODE_LOCK_NOT_AVAILABLE;
+		if (!locked && (without_answers || (n == 1 && ERRCODE_TO_CATEGORY(geterrcode()) != ERRCODE_DATA_EXCEPTION)))
+			PG_RE_THROW();
+		FlushErrorState();
+		redrive_worker_abort();
+		MemoryContextSwitchTo(old_cxt);
+		failed = true;
+	}
+	PG_END_TRY();
+	if (failed && n > 1)
+	{
+		redrive_record_apart(pushes, n / 2, false, cxt);
+		redrive_record_apart(pushes + n / 2, n - n / 2, false, cxt);
+	}
+	else if (locked)
+	{
+		redrive_hold_push(pushes[0], cxt);
+		pushes[0] = NULL;
+	}
+	else if (failed)
+		redrive_record_apart(pushes, n, true, cxt);
 }
 
 /* Until when results are held; DT_NOEND = there are none. */

@@ -40,7 +40,6 @@
 #define FLUSH_MS 10				/* or the oldest has waited so long */
 #define GRACE_MS 500			/* for what is under way at shutdown */
 #define AFTER_ERROR_MS 1000
-#define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 
 static MemoryContext pusher_cxt;	/* platforms */
 static MemoryContext pushes_cxt;	/* pushes that are under way or to be
@@ -193,44 +192,7 @@ send_push(Claimed *claimed)
 	headers[p->n_headers] = NULL;
 }
 
-/*
- * Record so many results; when the data of one cannot be stored, half of them
- * at a time, to find the culprit, and that without its answer.  Each in a
- * transaction of its own.
- */
-static void
-record_apart(Push **pushes, int n, bool without_answers)
-{
-	MemoryContext old_cxt = CurrentMemoryContext;
-	volatile bool failed = false;
-
-	PG_TRY();
-	{
-		redrive_worker_begin();
-		redrive_record_pushes(pushes, n, without_answers);
-		redrive_worker_end();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(old_cxt);
-		if (without_answers || (n == 1 && ERRCODE_TO_CATEGORY(geterrcode()) != ERRCODE_DATA_EXCEPTION))
-			PG_RE_THROW();
-		FlushErrorState();
-		redrive_worker_abort();
-		MemoryContextSwitchTo(old_cxt);
-		failed = true;
-	}
-	PG_END_TRY();
-	if (failed && n == 1)
-		record_apart(pushes, n, true);
-	else if (failed)
-	{
-		record_apart(pushes, n / 2, false);
-		record_apart(pushes + n / 2, n - n / 2, false);
-	}
-}
-
-/* Forget the first of n results, which have been recorded; hold the others. */
+/* Forget the first of n results, which have been recorded, or held if NULL; hold the others. */
 static void
 forget_results(Push **pushes, int n_recorded, int n)
 {
@@ -238,6 +200,8 @@ forget_results(Push **pushes, int n_recorded, int n)
 		redrive_hold_push(pushes[i], pushes_cxt);
 	for (int i = 0; i < n_recorded; i++)
 	{
+		if (pushes[i] == NULL)
+			continue;
 		if (pushes[i]->texts != NULL)
 			MemoryContextDelete(pushes[i]->texts);
 		pfree(pushes[i]);
@@ -281,7 +245,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 	redrive_worker_begin();
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
 		proc_exit(0);
-	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	redrive_limit_lock_wait();
 	if (*n > 0 && look_for_locks)
 		*n = redrive_put_locked_last(pushes, *n);
 	if (*n > 0)
@@ -351,7 +315,7 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 			return look_for_locks = true;
 		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			return false;
-		record_apart(pushes, n, false);
+		redrive_record_apart(pushes, n, false, pushes_cxt);
 		n_recorded = n;
 		/* nothing was claimed, and the platforms are still to be written */
 	}

@@ -213,7 +213,7 @@ is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.pushes WHERE lease
 
 # An answer that cannot be stored costs its own push an attempt, and none of those that are recorded with it.
 #
-# Seen red: with n == 1 for without_answers in record_apart (proc/pusher.c).
+# Seen red: with n == 1 for without_answers in redrive_record_apart (flow/push_held.c).
 drop_platforms();
 platform($node, $receiver, 'sound', '/json/%7B%22code%22%3A0%7D', "success_when => '\$.code == 0'");
 platform($node, $receiver, 'poisoned', '/json/%22%5Cu0000%22', "success_when => '\$.code == 0', max_retries => 0");

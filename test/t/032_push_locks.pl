@@ -1,6 +1,6 @@
 # Transactions that stay open: they hold up their own pushes and no others.
 #
-# Seen red: without the lock time-out of proc/pusher.c, waiting for the lock instead.
+# Seen red: without the lock time-out in turn() of proc/pusher.c, waiting for the lock instead.
 use strict;
 use warnings;
 
@@ -26,7 +26,7 @@ sub others_are_pushed
 	{
 		$others++;
 		$node->safe_psql('postgres', "SELECT redrive.record_task('other $others', 'first')");
-		ok(poll_until($node, "SELECT bool_and(u.state = 'delivered') FROM $pushes WHERE t.task_key = 'other $others'", 't', timeout => 20), $name) or last;
+		ok(poll_until($node, "SELECT bool_and(u.state = 'delivered') FROM $pushes WHERE t.task_key = 'other $others' AND p.name <> 'poisoned'", 't', timeout => 20), $name) or last;
 	}
 	return;
 }
@@ -39,6 +39,13 @@ $node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('held', 'second'
 platform($node, $receiver, 'fast', '/fast');
 others_are_pushed('another task is pushed while a transaction has recorded one and is open');
 is($node->safe_psql('postgres', "SELECT state FROM $pushes WHERE t.task_key = 'held' AND p.name = 'slow'"), 'in_flight', 'the push of that one is still under way');
+# answers that cannot be stored are recorded apart, and so is what else is to be recorded with them
+#
+# Seen red: without redrive_limit_lock_wait() in redrive_record_apart (flow/push_held.c).
+platform($node, $receiver, 'poisoned', '/json/%22%5Cu0000%22', "success_when => '\$.code == 0', max_retries => 1000, retry_interval => '10 ms', retry_factor => 1");
+others_are_pushed('... also beside an answer that cannot be stored');
+ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.push_attempts WHERE platform = 'poisoned'"), 'there were such answers');
+$node->safe_psql('postgres', "SELECT redrive.drop_platform('poisoned')");
 $node->safe_psql('postgres', "BEGIN; SELECT redrive.resume_platform('fast'), redrive.resume_platform('slow'); PREPARE TRANSACTION 'resume'");
 others_are_pushed('another task is pushed while a transaction has changed the platform and is open');
 $node->safe_psql('postgres', "COMMIT PREPARED 'record'");
