@@ -27,6 +27,12 @@ value = json.loads(payload)
 plpy.execute(plpy.prepare("INSERT INTO scratch.done (handler, payload) VALUES ('python', $1)", ["jsonb"]), [json.dumps(value * 2)])
 return "ignored"
 $$;
+-- rows that come one at a time
+CREATE FUNCTION f_python_set(items redrive.item[]) RETURNS SETOF redrive.outcome LANGUAGE plpython3u AS $$
+for item in items:
+    if item["item_no"] == 2:
+        yield {"item_no": 2, "outcome": "ignored", "message": "not wanted", "code": None, "delay": None}
+$$;
 
 SELECT redrive.create_handler('payload', 'f_payload');
 SELECT redrive.create_handler('key payload', 'scratch.f_key_payload');
@@ -49,6 +55,13 @@ SELECT * FROM done ORDER BY handler COLLATE "C", payload;
 SELECT * FROM progress;
 SELECT * FROM broken;
 
+SELECT redrive.create_handler('python set', 'f_python_set', kind => 'set');
+SELECT redrive.submit('python set', ARRAY['1', '2', '3']::jsonb[], label => 'python set') > 0 AS submitted;
+CALL redrive.work();
+SELECT state, succeeded, ignored FROM redrive.batch_progress WHERE label = 'python set';
+SELECT item_no, state, message FROM redrive.failed_items WHERE handler = 'python set';
+SELECT * FROM broken;
+
 -- A strict function of (key, payload) cannot be called without a key.
 CREATE FUNCTION f_strict(key text, payload jsonb) RETURNS void LANGUAGE sql STRICT AS
 $$ INSERT INTO scratch.done (handler, key, payload) VALUES ('strict', $1, $2) $$;
@@ -56,7 +69,7 @@ SELECT redrive.create_handler('strict', 'f_strict');
 SELECT redrive.submit('strict', ARRAY['1', '2']::jsonb[], ARRAY['a', NULL], label => 'strict') > 0 AS submitted;
 CALL redrive.work();
 SELECT key, payload FROM done WHERE handler = 'strict';
-SELECT item_no, state, reason, sqlstate, message, hint FROM redrive.failed_items;
+SELECT item_no, state, reason, sqlstate, message, hint FROM redrive.failed_items WHERE handler = 'strict';
 SELECT * FROM broken;
 
 -- No such function, or none that fits.

@@ -158,6 +158,20 @@ SELECT count(*) AS tasks FROM redrive.task_status;
 SELECT platform, paused, breaker FROM redrive.platform_health ORDER BY platform;
 RESET SESSION AUTHORIZATION;
 
+-- What http_request() does not take; nothing is sent or logged.
+SELECT f FROM (VALUES
+    ($$SELECT redrive.http_request('FETCH', 'https://x.example/')$$),
+    ($$SELECT redrive.http_request(NULL, 'https://x.example/')$$),
+    ($$SELECT redrive.http_request('GET', 'no url')$$),
+    ($$SELECT redrive.http_request('GET', 'https://x.example/', timeout => '0')$$),
+    ($$SELECT redrive.http_request('GET', 'https://x.example/', timeout => '2 h')$$),
+    ($$SELECT redrive.http_request('GET', 'https://x.example/', retry_delay => '-1 s')$$),
+    ($$SELECT redrive.http_request('GET', 'https://x.example/', max_attempts => 0)$$),
+    ($$SELECT redrive.http_request('POST', 'https://x.example/', repeat('x', 1048577))$$),
+    ($$SELECT redrive.http_request('POST', 'https://x.example/', headers => '{"Host": "y"}')$$)
+) AS x (statement) CROSS JOIN LATERAL fails(x.statement) AS f;
+SELECT count(*) FROM redrive.http_log;
+
 -- The purge keeps what is still to be pushed.
 SELECT count(*) FROM redrive.tasks;
 UPDATE redrive.pushes SET state = 'delivered' WHERE platform_id = (SELECT platform_id FROM redrive.platforms WHERE name = 'erp');

@@ -62,9 +62,18 @@ is($request->{signed}, JSON::PP::true(), 'the old key still signs');
 is(scalar(split / /, $request->{headers}{'webhook-signature'}), 2, 'and so does the new one');
 is(push_of('good', 'u.pushed_status'), 'approved', 'the status that was pushed');
 is(push_of('good', 'u.pushed_version'), 2, 'and its version');
+# The other kind of credentials, and a type of one's own.
+$node->safe_psql('postgres',
+	"BEGIN; SELECT redrive.create_platform('basic', 'http://127.0.0.1:$receiver->{port}/basic', allow_http => true, allow_cidr => '{127.0.0.0/8}', headers => '{\"content-type\": \"application/cloudevents+json\"}');
+	 SELECT redrive.set_platform_secret('basic', 'basic', 'user:another-secret'); COMMIT");
+becomes('basic', 'delivered', 'a platform that is new gets the tasks that are there');
+($request) = received($receiver, '/basic');
+is($request->{headers}{authorization}, 'Basic dXNlcjphbm90aGVyLXNlY3JldA==', 'user and password');
+is($request->{headers}{'content-type'}, 'application/cloudevents+json', 'the type');
+
 # not in a place where others could look
 my $dump = $node->run_log([ 'pg_dump', '-f', "$receiver->{dir}/dump.sql", $node->connstr('postgres') ]) ? slurp_file("$receiver->{dir}/dump.sql") : '';
-unlike($dump, qr/a-very-secret|another key|MfKQ9r8/, 'a dump has no secrets');
+unlike($dump, qr/a-very-secret|another key|another-secret|MfKQ9r8/, 'a dump has no secrets');
 like($dump, qr/form 1/, 'but the tasks');
 unlike($node->safe_psql('postgres', "SELECT query FROM pg_stat_activity"), qr/a-very-secret/, 'nor has pg_stat_activity');
 my (undef, undef, $error) = $node->psql('postgres', "SELECT redrive.set_platform_secret('nowhere', 'bearer', 'a-very-secret-token')");
