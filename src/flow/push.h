@@ -57,6 +57,7 @@ typedef struct Platform
 	double		tokens;			/* requests that may be sent now */
 	TimestampTz tokens_at;
 	int			in_flight;
+	int			ended;			/* results that are not recorded */
 	int			limit;			/* at the moment: grows with successes */
 
 	/* circuit breaker; rows of platform_states are copies of this */

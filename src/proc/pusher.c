@@ -57,6 +57,7 @@ static Push *results = NULL;	/* to be recorded, the oldest first */
 static Push **last_result = &results;
 static int	n_results = 0;
 static TimestampTz first_result_at;
+static bool half_ended = false; /* of what a platform had under way */
 static bool look_for_locks = false; /* others have locked what we record */
 
 static void
@@ -100,11 +101,16 @@ append_result(Push *push)
 	last_result = &push->next;
 }
 
+/* Those of each platform are counted: it need not wait for what others have under way. */
 static void
 add_result(Push *push)
 {
+	Platform   *p = push->platform;
+
 	append_result(push);
-	push->platform->in_flight--;
+	p->in_flight--;
+	p->ended++;
+	half_ended |= p->ended >= p->in_flight;
 }
 
 /* Try to record again what was locked. */
@@ -196,6 +202,8 @@ send_push(Claimed *claimed)
 static void
 forget_results(Push **pushes, int n_recorded, int n)
 {
+	ListCell   *lc;
+
 	for (int i = n_recorded; i < n; i++)
 		redrive_hold_push(pushes[i], pushes_cxt);
 	for (int i = 0; i < n_recorded; i++)
@@ -209,6 +217,9 @@ forget_results(Push **pushes, int n_recorded, int n)
 	results = NULL;
 	last_result = &results;
 	n_results = 0;
+	half_ended = false;
+	foreach(lc, platforms)
+		((Platform *) lfirst(lc))->ended = 0;
 	MemoryContextReset(results_cxt);
 }
 
@@ -264,7 +275,8 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		MemoryContextSwitchTo(claim_cxt);
 		if (room > 0)
 			claimed = redrive_claim_pushes(platforms, room, pusher, pushes_cxt);
-		*next_due = redrive_next_push(platforms, claimed);
+		/* without room, requests that end will tell */
+		*next_due = list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
 		MemoryContextSwitchTo(TopMemoryContext);
 	}
 	redrive_worker_end();
@@ -414,7 +426,7 @@ redrive_pusher_main(Datum arg)
 		if (now >= redrive_held_until())
 			take_held();
 		flush = n_results >= FLUSH_RESULTS ||
-			(n_results > 0 && (n_results >= redrive_http_in_flight(http) || TimestampDifferenceExceeds(first_result_at, now, FLUSH_MS)));
+			(n_results > 0 && (half_ended || TimestampDifferenceExceeds(first_result_at, now, FLUSH_MS)));
 		if (now >= not_before && (flush || (redrive_enabled && now >= next_due)))
 		{
 			MemoryContextReset(claim_cxt);
