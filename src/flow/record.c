@@ -138,7 +138,7 @@ unlock_later(RedriveChunk *chunk, int n, Datum *keys, const char *message, int32
 	Datum		values[6];
 
 	values[0] = Int32GetDatum(chunk->handler.handler_id);
-	values[1] = PointerGetDatum(construct_array(keys, n, TEXTOID, -1, false, TYPALIGN_INT));
+	values[1] = redrive_array(TEXTOID, n, keys, NULL);
 	values[2] = Int64GetDatum(chunk->batch_id);
 	values[3] = Int32GetDatum(chunk->run_no);
 	values[4] = CStringGetTextDatum(message ? message : "");
@@ -164,7 +164,7 @@ unlock(RedriveChunk *chunk, int n, RedriveItem **items)
 	for (int i = 0; i < n; i++)
 		keys[i] = PointerGetDatum(items[i]->key);
 	values[0] = Int32GetDatum(chunk->handler.handler_id);
-	values[1] = PointerGetDatum(construct_array(keys, n, TEXTOID, -1, false, TYPALIGN_INT));
+	values[1] = redrive_array(TEXTOID, n, keys, NULL);
 	values[2] = Int64GetDatum(chunk->batch_id);
 	(void) redrive_sql(&release_locks, values, NULL);
 	if (chunk->handler.on_unlock == NULL)

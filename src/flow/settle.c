@@ -286,7 +286,7 @@ take_items(Settling *s, RedriveItem **items)
 
 	for (int i = 0; i < s->n; i++)
 		wanted[i] = Int64GetDatum(s->item_nos[i]);
-	values[1] = PointerGetDatum(construct_array(wanted, s->n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	values[1] = redrive_array(INT8OID, s->n, wanted, NULL);
 	rows = redrive_sql(&open_items, values, all ? " n" : NULL);
 	*items = palloc0(Max(rows, 1) * sizeof(RedriveItem));
 	for (uint64 row = 0; row < rows; row++)
@@ -360,7 +360,7 @@ write_outcomes(Settling *s, int64 *ignored, int64 *failed, int64 *waiting)
 	if (n_keys > 0)
 	{
 		Datum		values[2] = {Int64GetDatum(chunk->batch_id),
-		PointerGetDatum(construct_array(keys, n_keys, TEXTOID, -1, false, TYPALIGN_INT))};
+		redrive_array(TEXTOID, n_keys, keys, NULL)};
 
 		(void) redrive_sql(&unlock, values, NULL);
 		if (s->calls)
@@ -397,7 +397,7 @@ settle_items(Settling *s)
 	values[4] = Int64GetDatum(failed);
 	values[5] = Int64GetDatum(waiting);
 	values[6] = BoolGetDatum(s->closes);
-	values[7] = PointerGetDatum(construct_array(numbers, s->n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	values[7] = redrive_array(INT8OID, s->n, numbers, NULL);
 	if (redrive_sql(&write_down, values, NULL) != 1)
 		refuse_claim(s);
 }
