@@ -1,7 +1,7 @@
 -- Tables of the task centre: what to push, where to, and what came of it.
 
 CREATE TYPE redrive.push_state AS ENUM ('pending', 'in_flight', 'waiting', 'delivered', 'dead', 'blocked');
-COMMENT ON TYPE redrive.push_state IS 'pending -> in_flight -> delivered, waiting or dead; waiting -> in_flight when due; blocked = not sent before the configuration of the platform changes; a new version makes it pending again';
+COMMENT ON TYPE redrive.push_state IS 'pending -> in_flight -> delivered, waiting or dead; waiting -> in_flight when due; blocked = not sent before the configuration of the platform changes; a new version makes it pending again. in_flight is what views show of a push that is claimed: its row stays pending or waiting meanwhile';
 
 CREATE TYPE redrive.breaker_state AS ENUM ('closed', 'open', 'half_open');
 COMMENT ON TYPE redrive.breaker_state IS 'closed = pushes are sent; open = none until blocked_until; half_open = a few probes, whose outcome closes or opens it again';
@@ -124,11 +124,8 @@ CREATE TABLE redrive.pushes (
     retry_count int NOT NULL DEFAULT 0,
     free_count int NOT NULL DEFAULT 0,
     attempt_no bigint NOT NULL DEFAULT 0,
+    last_claim_id bigint NOT NULL DEFAULT 0,
     next_attempt_at timestamptz NOT NULL DEFAULT now(),
-    lease_until timestamptz,
-    lease_owner bigint,
-    sent_version bigint,
-    is_probe boolean NOT NULL DEFAULT false,
     awaits_build boolean NOT NULL,
     failed_at timestamptz,
     delivered_at timestamptz,
@@ -140,13 +137,35 @@ CREATE TABLE redrive.pushes (
     CONSTRAINT pushes_task_id_platform_id_key UNIQUE (task_id, platform_id),
     CONSTRAINT pushes_task_id_fkey FOREIGN KEY (task_id) REFERENCES redrive.tasks,
     CONSTRAINT pushes_platform_id_fkey FOREIGN KEY (platform_id) REFERENCES redrive.platforms ON DELETE CASCADE,
-    CONSTRAINT pushes_lease_check CHECK ((state = 'in_flight') = (lease_until IS NOT NULL) AND (lease_until IS NULL) = (lease_owner IS NULL)),
+    CONSTRAINT pushes_state_check CHECK (state <> 'in_flight'),
     CONSTRAINT pushes_retry_count_check CHECK (retry_count >= 0 AND free_count >= 0)
 ) WITH (fillfactor = 70);
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
-CREATE INDEX pushes_lease_idx ON redrive.pushes (lease_until) WHERE state = 'in_flight';
 CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
 COMMENT ON TABLE redrive.pushes IS 'One row per task and platform: what is wanted there, what was delivered, and the next attempt';
+
+-- A claim of the pusher's: one row for all pushes of a platform that it took at once,
+-- written before anything is sent.  A push is under way until its last_claim_id says
+-- that this claim, or one after it, has ended.
+CREATE TABLE redrive.push_claims (
+    claim_id bigint GENERATED ALWAYS AS IDENTITY,
+    platform_id int NOT NULL,
+    pusher bigint NOT NULL,
+    is_probe boolean NOT NULL,
+    claimed_at timestamptz NOT NULL,
+    lease_until timestamptz NOT NULL,
+    push_ids bigint[] NOT NULL,
+    versions bigint[] NOT NULL,
+    CONSTRAINT push_claims_pkey PRIMARY KEY (claim_id),
+    CONSTRAINT push_claims_check CHECK (cardinality(push_ids) = cardinality(versions))
+);
+COMMENT ON TABLE redrive.push_claims IS 'What the pusher has claimed and not recorded yet: requests that are under way';
+
+CREATE VIEW redrive._in_flight AS
+SELECT m.push_id, m.version, c.claim_id, c.platform_id, c.pusher, c.is_probe, c.claimed_at, c.lease_until
+FROM redrive.push_claims AS c
+CROSS JOIN LATERAL unnest(c.push_ids, c.versions) AS m (push_id, version)
+CROSS JOIN LATERAL (SELECT FROM redrive.pushes AS x WHERE x.push_id = m.push_id AND x.last_claim_id < c.claim_id OFFSET 0) AS u;
 
 -- Bodies made by a platform's build function, in an executor of its owner.
 CREATE TABLE redrive.push_bodies (

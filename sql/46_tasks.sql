@@ -1,8 +1,8 @@
 -- Tasks: recorded by applications, or by a trigger on a table of theirs.
 
 -- Let pushes follow the tasks with these numbers, all of one owner: a row for each platform of
--- the owner, and with a new version a new budget.  A push that is under way
--- stays so; its record sees that more is wanted.  Returns the number of rows
+-- the owner, and with a new version a new budget.  Of a push that is under way
+-- the record sees that more is wanted.  Returns the number of rows
 -- changed.
 CREATE FUNCTION redrive._plan_tasks(p_task_ids bigint[], p_platform_id int DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql AS $$
@@ -26,10 +26,10 @@ BEGIN
         wanted_version = excluded.wanted_version,
         wanted_status = excluded.wanted_status,
         awaits_build = excluded.awaits_build,
-        state = CASE WHEN u.state = 'in_flight' THEN u.state ELSE 'pending' END,
+        state = 'pending',
         retry_count = 0,
         free_count = 0,
-        next_attempt_at = CASE WHEN u.state = 'in_flight' THEN u.next_attempt_at ELSE now() END
+        next_attempt_at = now()
     WHERE u.wanted_version < excluded.wanted_version OR u.state = 'blocked';
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
@@ -67,7 +67,7 @@ BEGIN
         -- one that has become a test
         UPDATE redrive.pushes AS u SET state = 'blocked', error_class = 'test', message = 'The task is a test.'
         FROM unnest(v_tests) AS n (task_id)
-        WHERE u.task_id = n.task_id AND u.state NOT IN ('in_flight', 'delivered', 'dead', 'blocked'); -- so that it goes by task_id
+        WHERE u.task_id = n.task_id AND u.state NOT IN ('delivered', 'dead', 'blocked'); -- so that it goes by task_id
     END IF;
     IF v_ids IS NOT NULL AND redrive._plan_tasks(v_ids) > 0 THEN
         PERFORM redrive._wake_pusher(), redrive._wake_builder(p_owner);

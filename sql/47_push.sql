@@ -6,37 +6,52 @@ LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__retry_delay';
 
 -- End attempts of which nobody will tell any more: their lease is over, or
 -- with p_pusher given the pusher that held it is another one, which is dead.
--- The request may have arrived, so it is charged.  Returns how many.
+-- The request may have arrived, so it is charged.  What somebody has locked is left
+-- for the next time.  Returns how many were ended.
 CREATE FUNCTION redrive._reap_pushes(p_as_of timestamptz, p_pusher bigint) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
+    v_claims bigint[];
     v_count bigint;
 BEGIN
+    SELECT array_agg(x.claim_id) INTO v_claims
+    FROM (
+        SELECT c.claim_id
+        FROM redrive.push_claims AS c
+        WHERE c.lease_until <= p_as_of OR c.pusher <> p_pusher
+        ORDER BY c.claim_id
+        FOR UPDATE SKIP LOCKED) AS x;
     WITH lost AS (
-        SELECT u.push_id
-        FROM redrive.pushes AS u
-        WHERE u.state = 'in_flight' AND (u.lease_until <= p_as_of OR u.lease_owner <> p_pusher)
-        ORDER BY u.push_id
-        LIMIT 10000
-        FOR UPDATE SKIP LOCKED),
+        SELECT c.claim_id, c.is_probe, c.claimed_at, m.push_id, m.version
+        FROM unnest(v_claims) AS n (claim_id)
+        JOIN redrive.push_claims AS c ON c.claim_id = n.claim_id
+        CROSS JOIN LATERAL unnest(c.push_ids, c.versions) AS m (push_id, version)
+        CROSS JOIN LATERAL (
+            SELECT FROM redrive.pushes AS x
+            WHERE x.push_id = m.push_id AND x.last_claim_id < c.claim_id
+            FOR NO KEY UPDATE SKIP LOCKED) AS u),
     ended AS (
         UPDATE redrive.pushes AS u SET
-            state = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe THEN 'pending'
+            state = CASE WHEN u.state IN ('dead', 'blocked') THEN u.state::text
+                         WHEN u.wanted_version > l.version OR l.is_probe THEN 'pending'
                          WHEN u.retry_count >= p.max_retries THEN 'dead'
                          ELSE 'waiting' END::redrive.push_state,
-            retry_count = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe OR u.retry_count >= p.max_retries THEN u.retry_count ELSE u.retry_count + 1 END,
-            next_attempt_at = CASE WHEN u.wanted_version > u.sent_version OR u.is_probe THEN p_as_of
+            retry_count = CASE WHEN u.wanted_version > l.version OR l.is_probe OR u.retry_count >= p.max_retries THEN u.retry_count ELSE u.retry_count + 1 END,
+            next_attempt_at = CASE WHEN u.wanted_version > l.version OR l.is_probe THEN p_as_of
                                    ELSE p_as_of + redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id) END,
             failed_at = p_as_of, http_status = NULL, error_class = 'unknown', message = 'Nothing is known of the last attempt: the pusher ended or lost its lease.',
-            lease_until = NULL, lease_owner = NULL
+            attempt_no = u.attempt_no + 1, last_claim_id = l.claim_id
         FROM lost AS l, redrive.platforms AS p
         WHERE u.push_id = l.push_id AND p.platform_id = u.platform_id
-        RETURNING u.push_id, u.attempt_no, u.platform_id, u.sent_version, u.is_probe, p.lease)
+        RETURNING u.push_id, u.attempt_no, u.platform_id, l.version, l.is_probe, l.claimed_at)
     INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, error_class, message)
-    SELECT (SELECT r.part FROM redrive.rotation AS r), e.push_id, e.attempt_no, e.platform_id, e.sent_version, p_as_of, p_as_of, false, NOT e.is_probe, e.is_probe,
+    SELECT (SELECT r.part FROM redrive.rotation AS r), e.push_id, e.attempt_no, e.platform_id, e.version, e.claimed_at, p_as_of, false, NOT e.is_probe, e.is_probe,
         'unknown', 'Nothing is known of the attempt: the pusher ended or lost its lease.'
     FROM ended AS e;
     GET DIAGNOSTICS v_count = ROW_COUNT;
+    DELETE FROM redrive.push_claims AS c
+    USING unnest(v_claims) AS n (claim_id)
+    WHERE c.claim_id = n.claim_id AND NOT EXISTS (SELECT FROM redrive._in_flight AS f WHERE f.claim_id = c.claim_id);
     RETURN v_count;
 END
 $$;

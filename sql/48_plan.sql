@@ -91,7 +91,7 @@ BEGIN
         PERFORM redrive._wake_pusher(), redrive._wake_supervisor();
     END IF;
     acted := v_planned + v_reaped + v_expired;
-    more := more OR v_reaped = 10000 OR v_expired = c_portion;
+    more := more OR v_expired = c_portion;
     detail := concat_ws(', ', CASE WHEN v_planned > 0 THEN v_planned || ' planned' END, CASE WHEN v_reaped > 0 THEN v_reaped || ' leases ended' END,
         CASE WHEN v_expired > 0 THEN v_expired || ' expired' END);
     detail := nullif(detail, '');
@@ -110,7 +110,7 @@ BEGIN
         SELECT t.task_id
         FROM redrive.tasks AS t
         WHERE t.changed_at < p_before
-          AND NOT EXISTS (SELECT FROM redrive.pushes AS u WHERE u.task_id = t.task_id AND u.state IN ('pending', 'in_flight', 'waiting'))
+          AND NOT EXISTS (SELECT FROM redrive.pushes AS u WHERE u.task_id = t.task_id AND u.state IN ('pending', 'waiting'))
         LIMIT p_limit
         FOR UPDATE SKIP LOCKED) AS x;
     IF v_ids IS NULL THEN

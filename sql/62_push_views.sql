@@ -7,11 +7,14 @@ FROM redrive.tasks AS t
 WHERE pg_has_role(t.owner::oid, 'USAGE');
 
 CREATE VIEW redrive.push_status WITH (security_barrier) AS
-SELECT CASE WHEN m.mine THEN t.task_key END AS task_key, p.name AS platform, u.state, u.wanted_status, u.pushed_status, u.retry_count,
-    CASE WHEN u.state IN ('pending', 'waiting') THEN u.next_attempt_at END AS next_attempt_at, u.failed_at, u.http_status,
+SELECT CASE WHEN m.mine THEN t.task_key END AS task_key, p.name AS platform, CASE WHEN f.push_id IS NULL THEN u.state ELSE 'in_flight' END AS state,
+    u.wanted_status, u.pushed_status, u.retry_count,
+    CASE WHEN u.state IN ('pending', 'waiting') AND f.push_id IS NULL THEN u.next_attempt_at END AS next_attempt_at, u.failed_at, u.http_status,
     CASE WHEN m.mine THEN u.message END AS message,
-    u.error_class, u.wanted_version, u.pushed_version, u.attempt_no AS attempts, u.delivered_at, u.lease_until
+    u.error_class, u.wanted_version, u.pushed_version, u.attempt_no + (f.push_id IS NOT NULL)::int AS attempts,
+    u.delivered_at, f.lease_until
 FROM redrive.pushes AS u
+LEFT JOIN redrive._in_flight AS f ON f.push_id = u.push_id
 JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
 JOIN redrive.tasks AS t ON t.task_id = u.task_id
 CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
@@ -30,6 +33,7 @@ CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
 WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
 
 CREATE VIEW redrive.platform_health WITH (security_barrier) AS
+WITH f AS MATERIALIZED (SELECT x.push_id, x.platform_id FROM redrive._in_flight AS x)
 SELECT p.name AS platform, p.paused, s.breaker, s.reason, s.blocked_until,
     q.due, q.in_flight, q.waiting, q.dead, q.blocked, date_trunc('second', q.oldest_due_age) AS oldest_due_age,
     s.attempts, s.delivered, s.last_delivered_at, s.last_failed_at,
@@ -38,7 +42,7 @@ FROM redrive.platforms AS p
 JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
 CROSS JOIN LATERAL (
     SELECT count(*) FILTER (WHERE u.state IN ('pending', 'waiting') AND u.next_attempt_at <= now()) AS due,
-        count(*) FILTER (WHERE u.state = 'in_flight') AS in_flight,
+        (SELECT count(*) FROM f WHERE f.platform_id = p.platform_id) AS in_flight,
         count(*) FILTER (WHERE u.state = 'waiting' AND u.next_attempt_at > now()) AS waiting,
         count(*) FILTER (WHERE u.state = 'dead') AS dead,
         count(*) FILTER (WHERE u.state = 'blocked') AS blocked,
@@ -46,8 +50,7 @@ CROSS JOIN LATERAL (
     FROM (
         -- one part for each partial index: what is delivered is not read
         SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('pending', 'waiting')
-        UNION ALL
-        SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state = 'in_flight'
+          AND x.push_id NOT IN (SELECT f.push_id FROM f)
         UNION ALL
         SELECT x.state, x.next_attempt_at FROM redrive.pushes AS x WHERE x.platform_id = p.platform_id AND x.state IN ('dead', 'blocked')
     ) AS u) AS q
@@ -79,6 +82,7 @@ DECLARE
     t redrive.tasks;
     u redrive.pushes;
     s redrive.platform_states;
+    v_lease_until timestamptz;
 BEGIN
     IF p_task_key IS NULL THEN
         RAISE EXCEPTION 'task_key must not be null' USING ERRCODE = '22004', HINT = 'Give the key that the task was recorded with.';
@@ -90,14 +94,15 @@ BEGIN
         RETURN;
     END IF;
     SELECT * INTO u FROM redrive.pushes AS x WHERE x.task_id = t.task_id AND x.platform_id = p.platform_id;
+    SELECT f.lease_until INTO v_lease_until FROM redrive._in_flight AS f WHERE f.push_id = u.push_id;
     IF t.is_test THEN
         RETURN QUERY SELECT 'is a test', 'Tests are recorded and not pushed.', NULL::text;
     ELSIF u.push_id IS NULL THEN
         RETURN QUERY SELECT 'not planned', format('The task changed at %s; push_window is %s.', t.changed_at, p.push_window), 'CALL redrive.run_pass(''push_tasks'');';
+    ELSIF v_lease_until IS NOT NULL THEN
+        RETURN QUERY SELECT 'being sent', format('Attempt %s; if nothing is known of it at %s it is tried again.', u.attempt_no + 1, v_lease_until), NULL::text;
     ELSIF u.state = 'delivered' THEN
         RETURN QUERY SELECT 'delivered', format('Status "%s", version %s, at %s.', u.pushed_status, u.pushed_version, u.delivered_at), NULL::text;
-    ELSIF u.state = 'in_flight' THEN
-        RETURN QUERY SELECT 'being sent', format('Attempt %s; if nothing is known of it at %s it is tried again.', u.attempt_no, u.lease_until), NULL::text;
     ELSIF u.state = 'dead' THEN
         RETURN QUERY SELECT 'given up', format('After %s attempts, the last at %s: %s', u.attempt_no, u.failed_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
     ELSIF u.state = 'blocked' THEN
@@ -110,7 +115,7 @@ BEGIN
     ELSE
         RETURN QUERY SELECT 'due', format('Since %s.', u.next_attempt_at), NULL::text;
     END IF;
-    IF u.state IN ('pending', 'waiting') THEN
+    IF u.state IN ('pending', 'waiting') AND v_lease_until IS NULL THEN
         SELECT * INTO s FROM redrive.platform_states AS x WHERE x.platform_id = p.platform_id;
         IF p.paused THEN
             RETURN QUERY SELECT 'the platform is paused', coalesce('Reason: ' || s.reason || '.', 'By pause_platform().'), format('SELECT redrive.resume_platform(%L);', p.name);

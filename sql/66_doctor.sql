@@ -229,8 +229,8 @@ LANGUAGE sql STABLE AS $$
     GROUP BY p.name
     UNION ALL
     SELECT 'error', format('%s pushes have been under way for longer than their lease.', count(*)), 'CALL redrive.run_pass(''push_tasks''); and look whether a process "redrive pusher" is in pg_stat_activity'
-    FROM redrive.pushes AS u
-    WHERE u.state = 'in_flight' AND u.lease_until < p_as_of - interval '1 min'
+    FROM redrive._in_flight AS f
+    WHERE f.lease_until < p_as_of - interval '1 min'
     HAVING count(*) > 0
     UNION ALL
     SELECT 'error', 'There are platforms, but the pusher is not running.', 'look in the server log for its errors; it takes one of max_worker_processes'

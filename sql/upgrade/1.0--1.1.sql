@@ -10,3 +10,33 @@ DROP FUNCTION redrive._fold_ended();
 DROP INDEX redrive.chunks_finished_idx;
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
 DROP FUNCTION redrive._take_work(redrive.handlers, bigint, interval, text);
+-- a push that is under way is in push_claims now; what a pusher of before has claimed is given to the next one to end
+CREATE TABLE redrive.push_claims (
+    claim_id bigint GENERATED ALWAYS AS IDENTITY,
+    platform_id int NOT NULL,
+    pusher bigint NOT NULL,
+    is_probe boolean NOT NULL,
+    claimed_at timestamptz NOT NULL,
+    lease_until timestamptz NOT NULL,
+    push_ids bigint[] NOT NULL,
+    versions bigint[] NOT NULL,
+    CONSTRAINT push_claims_pkey PRIMARY KEY (claim_id),
+    CONSTRAINT push_claims_check CHECK (cardinality(push_ids) = cardinality(versions))
+);
+INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
+SELECT u.platform_id, u.lease_owner, u.is_probe, now(), min(u.lease_until), array_agg(u.push_id), array_agg(u.sent_version)
+FROM redrive.pushes AS u
+WHERE u.state = 'in_flight'
+GROUP BY u.platform_id, u.lease_owner, u.is_probe;
+DROP VIEW redrive.push_status, redrive.platform_health, redrive._pushed;
+DROP INDEX redrive.pushes_lease_idx;
+ALTER TABLE redrive.pushes
+    DROP CONSTRAINT pushes_lease_check;
+UPDATE redrive.pushes SET state = 'pending', attempt_no = attempt_no - 1 WHERE state = 'in_flight';
+ALTER TABLE redrive.pushes
+    DROP COLUMN lease_until,
+    DROP COLUMN lease_owner,
+    DROP COLUMN sent_version,
+    DROP COLUMN is_probe,
+    ADD COLUMN last_claim_id bigint NOT NULL DEFAULT 0,
+    ADD CONSTRAINT pushes_state_check CHECK (state <> 'in_flight');

@@ -67,7 +67,7 @@ static RedriveSql record_builds = {
 	" FROM unnest($1, $2, $3, $4) AS n (push_id, version, body, error)"
 	" JOIN redrive.pushes AS u ON u.push_id = n.push_id"
 	" JOIN redrive.platforms AS p ON p.platform_id = u.platform_id"
-	" WHERE u.awaits_build AND u.state NOT IN ('in_flight', 'delivered', 'dead', 'blocked') AND u.wanted_version = n.version"
+	" WHERE u.awaits_build AND u.state NOT IN ('delivered', 'dead', 'blocked') AND u.wanted_version = n.version"
 	" ORDER BY u.task_id FOR NO KEY UPDATE OF u),"
 	" built AS (INSERT INTO redrive.push_bodies (push_id, version, body) SELECT l.push_id, l.version, l.body FROM live AS l WHERE NOT l.failed"
 	"  ON CONFLICT (push_id) DO UPDATE SET version = excluded.version, body = excluded.body, built_at = now()),"

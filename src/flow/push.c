@@ -20,54 +20,80 @@
 #include "flow/push.h"
 
 /*
- * The version that is sent is that of the task as this statement sees it, with
- * the body of the same row: if a newer one is wanted by then, the record finds
- * out.
+ * No push is changed or locked by a claim: what is claimed stands in push_claims, and
+ * $7 are those that have been, so that they are not taken again.  The version that is sent is
+ * that of the task as this statement sees it, with the body of the same row: if a newer
+ * one is wanted by then, the record finds out.
  */
 static RedriveSql claim_pushes = {
 	.lookups = true,
 	.text =
 	"WITH due AS MATERIALIZED ("
-	" SELECT d.push_id, d.task_id, w.probe, w.built, w.lease_until FROM ("
+	" SELECT d.push_id, d.task_id, d.push_key, w.platform_id, w.probe, w.built, w.lease_until FROM ("
 	"  SELECT z.*, $5 + p.lease AS lease_until FROM unnest($1, $2, $3, $4) AS z (platform_id, room, probe, built)"
 	"  JOIN redrive.platforms AS p ON p.platform_id = z.platform_id) AS w"
-	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id FROM redrive.pushes AS x"
+	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key FROM redrive.pushes AS x"
 	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
-	"  ORDER BY x.next_attempt_at LIMIT w.room FOR UPDATE SKIP LOCKED) AS d),"
-	" wanted AS MATERIALIZED (SELECT d.push_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
+	"  AND x.push_id NOT IN (SELECT unnest($7))"
+	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d),"
+	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
 	"   SELECT t.version, json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
 	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text AS body"
 	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id"
-	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c)"
-	" UPDATE redrive.pushes AS u SET state = 'in_flight', attempt_no = u.attempt_no + 1, lease_until = w.lease_until, lease_owner = $6,"
-	"  sent_version = w.version, is_probe = w.probe"
-	" FROM wanted AS w WHERE u.push_id = w.push_id"
-	" RETURNING u.push_id, u.platform_id::int8 AS platform_id, u.attempt_no, u.sent_version, u.push_key::text || '-' || u.sent_version AS id, u.is_probe, w.body",
-	.nargs = 6,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID}
+	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c),"
+	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)"
+	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)"
+	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
+	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.probe, w.body, c.claim_id"
+	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id",
+	.nargs = 7,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID}
 };
 
+/* $2 are those that have been claimed. */
 static RedriveSql next_push = {
 	"SELECT n.at AS at, w.platform_id::int8 AS platform_id FROM unnest($1) AS w (platform_id)"
 	" CROSS JOIN LATERAL (SELECT x.next_attempt_at AS at FROM redrive.pushes AS x WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting')"
+	" AND x.push_id NOT IN (SELECT unnest($2))"
 	" ORDER BY x.next_attempt_at LIMIT 1) AS n",
-	1, {INT4ARRAYOID}
+	2, {INT4ARRAYOID, INT8ARRAYOID}
 };
 
 static RedriveSql reap_pushes = {
-	"SELECT redrive._reap_pushes($1, $2) AS reaped",
+	"SELECT redrive._reap_pushes($1, $2)",
 	2, {TIMESTAMPTZOID, INT8OID}
 };
+
+/* Return an array of what these platforms have under way, and of what was just claimed. */
+static Datum
+under_way(Platform **platforms, int n, List *claimed)
+{
+	int			size = list_length(claimed);
+	Datum	   *ids;
+	int			n_ids = 0;
+	dlist_iter	iter;
+	ListCell   *lc;
+
+	for (int i = 0; i < n; i++)
+		size += platforms[i]->n_claimed;
+	ids = palloc(Max(size, 1) * sizeof(Datum));
+	for (int i = 0; i < n; i++)
+		dlist_foreach(iter, &platforms[i]->claimed)
+			ids[n_ids++] = Int64GetDatum(dlist_container(Push, node, iter.cur)->push_id);
+	foreach(lc, claimed)
+		ids[n_ids++] = Int64GetDatum(((Claimed *) lfirst(lc))->push->push_id);
+	return redrive_array(INT8OID, n_ids, ids, NULL);
+}
 
 /*
  * Claim what is due, at most room in all and what each platform has room for.
  *
  * Returns a list of Claimed in the current context, which has to outlive the
- * transaction; their pushes are in cxt.  The transaction has to be committed
- * before anything is sent.
+ * transaction.  It has to be committed before anything is sent, and then the list
+ * is for redrive_keep_claimed().
  */
 List *
-redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
+redrive_claim_pushes(List *platforms, int room, int64 pusher)
 {
 	const TimestampTz now = GetCurrentTimestamp();
 	MemoryContext result_cxt = CurrentMemoryContext;
@@ -79,7 +105,9 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
 	Datum	   *rooms = palloc(size * sizeof(Datum));
 	Datum	   *probes = palloc(size * sizeof(Datum));
 	Datum	   *built = palloc(size * sizeof(Datum));
-	Datum		values[6];
+	Platform  **asked = palloc(size * sizeof(Platform *));
+	Datum		values[7];
+	PushClaim  *claim = NULL;
 	List	   *claimed = NIL;
 	ListCell   *lc;
 	uint64		rows;
@@ -103,6 +131,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
 		rooms[n] = Int32GetDatum(own);
 		probes[n] = BoolGetDatum(p->breaker == BREAKER_HALF_OPEN);
 		built[n] = BoolGetDatum(p->has_build);
+		asked[n] = p;
 		room -= own;
 		n++;
 	}
@@ -114,21 +143,30 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt)
 	values[3] = redrive_array(BOOLOID, n, built, NULL);
 	values[4] = TimestampTzGetDatum(now);
 	values[5] = Int64GetDatum(pusher);
+	values[6] = under_way(asked, n, NIL);
 	rows = redrive_sql(&claim_pushes, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
 		Claimed    *c = MemoryContextAllocZero(result_cxt, sizeof(Claimed));
-		Push	   *push = MemoryContextAllocZero(cxt, sizeof(Push));
+		Push	   *push = MemoryContextAllocZero(result_cxt, sizeof(Push));
 		int32		platform_id = (int32) redrive_int64(row, "platform_id");
+		int64		claim_id = redrive_int64(row, "claim_id");
 		MemoryContext old_cxt;
 
 		foreach(lc, platforms)
 			if (((Platform *) lfirst(lc))->platform_id == platform_id)
 			push->platform = lfirst(lc);
+		/* the rows of a claim follow one another */
+		if (claim == NULL || claim->claim_id != claim_id)
+		{
+			claim = MemoryContextAllocZero(result_cxt, sizeof(PushClaim));
+			claim->claim_id = claim_id;
+		}
+		claim->left++;
+		push->claim = claim;
 		push->push_id = redrive_int64(row, "push_id");
-		push->attempt_no = redrive_int64(row, "attempt_no");
-		push->version = redrive_int64(row, "sent_version");
-		push->is_probe = redrive_bool(row, "is_probe");
+		push->version = redrive_int64(row, "version");
+		push->is_probe = redrive_bool(row, "probe");
 		push->started_at = now;
 		push->config_version = push->platform->config_version;
 		push->platform->asked--;
@@ -156,6 +194,53 @@ time_of(int row, const char *name)
 	return isnull ? 0 : DatumGetTimestampTz(value);
 }
 
+/* What was claimed is committed: keep it in cxt until it is recorded. */
+void
+redrive_keep_claimed(List *claimed, MemoryContext cxt)
+{
+	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
+	PushClaim  *from = NULL;
+	PushClaim  *claim = NULL;
+	ListCell   *lc;
+
+	foreach(lc, claimed)
+	{
+		Claimed    *c = lfirst(lc);
+		Push	   *push = palloc(sizeof(Push));
+
+		*push = *c->push;
+		if (push->claim != from)
+		{
+			from = push->claim;
+			claim = palloc(sizeof(PushClaim));
+			*claim = *from;
+		}
+		push->claim = claim;
+		c->push = push;
+		dlist_push_tail(&push->platform->claimed, &push->node);
+		push->platform->n_claimed++;
+	}
+	MemoryContextSwitchTo(old_cxt);
+}
+
+/* Forget pushes that have been recorded, with the last one of a claim that too. */
+void
+redrive_forget_pushes(Push **pushes, int n)
+{
+	for (int i = 0; i < n; i++)
+	{
+		Push	   *push = pushes[i];
+
+		if (--push->claim->left == 0)
+			pfree(push->claim);
+		dlist_delete(&push->node);
+		push->platform->n_claimed--;
+		if (push->texts != NULL)
+			MemoryContextDelete(push->texts);
+		pfree(push);
+	}
+}
+
 /* Something may have become due anywhere. */
 void
 redrive_look_at_all(List *platforms)
@@ -175,10 +260,12 @@ redrive_next_push(List *platforms, List *claimed)
 {
 	const TimestampTz now = GetCurrentTimestamp();
 	TimestampTz next = DT_NOEND;
-	Datum	   *ids = palloc(Max(list_length(platforms), 1) * sizeof(Datum));
+	const int	size = Max(list_length(platforms), 1);
+	Datum	   *ids = palloc(size * sizeof(Datum));
+	Platform  **ready = palloc(size * sizeof(Platform *));
 	int			n = 0;
 	ListCell   *lc;
-	Datum		values[1];
+	Datum		values[2];
 	uint64		rows;
 
 	foreach(lc, claimed)
@@ -188,14 +275,17 @@ redrive_next_push(List *platforms, List *claimed)
 		Platform   *p = lfirst(lc);
 
 		p->ready_at = redrive_platform_ready_at(p, now);
-		if (p->ready_at != DT_NOEND)
-			ids[n++] = Int32GetDatum(p->platform_id);
+		if (p->ready_at == DT_NOEND)
+			continue;
+		ids[n] = Int32GetDatum(p->platform_id);
+		ready[n++] = p;
 	}
 	foreach(lc, claimed)
 		((Claimed *) lfirst(lc))->push->platform->in_flight--;
 	if (n == 0)
 		return DT_NOEND;
 	values[0] = redrive_array(INT4OID, n, ids, NULL);
+	values[1] = under_way(ready, n, claimed);
 	rows = redrive_sql(&next_push, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -213,11 +303,8 @@ redrive_next_push(List *platforms, List *claimed)
 	return next;
 }
 
-/*
- * End attempts of pushers that are gone; with pusher, all that are not its own.
- * Returns how many.
- */
-int64
+/* End attempts of pushers that are gone; with pusher, all that are not its own. */
+void
 redrive_reap_pushes(int64 pusher)
 {
 	Datum		values[2];
@@ -225,5 +312,4 @@ redrive_reap_pushes(int64 pusher)
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp());
 	values[1] = Int64GetDatum(pusher);
 	redrive_sql_one_row(&reap_pushes, values, pusher != 0 ? NULL : " n");
-	return redrive_int64(0, "reaped");
 }

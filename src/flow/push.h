@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
+#include "lib/ilist.h"
 #include "nodes/pg_list.h"
 
 #include "base/http.h"
@@ -56,6 +57,8 @@ typedef struct Platform
 	double		rate_limit;		/* per second, 0 = none */
 	double		tokens;			/* requests that may be sent now */
 	TimestampTz tokens_at;
+	dlist_head	claimed;		/* pushes that are not recorded */
+	int			n_claimed;
 	int			in_flight;
 	int			ended;			/* results that are not recorded */
 	int			limit;			/* at the moment: grows with successes */
@@ -82,13 +85,22 @@ typedef struct Platform
 	TimestampTz ready_at;		/* when it may be claimed for */
 } Platform;
 
+/* Pushes of a platform that were claimed at once: a row of push_claims. */
+typedef struct PushClaim
+{
+	int64		claim_id;		/* the fence */
+	int			left;			/* pushes that are not recorded */
+	int			ending;			/* those that are being recorded */
+}			PushClaim;
+
 /* One push that is under way, then its result. */
 typedef struct Push
 {
+	dlist_node	node;			/* in its platform's list of what is claimed */
 	struct Push *next;			/* in the list of results */
+	PushClaim  *claim;
 	MemoryContext texts;		/* of a result that was held, or NULL */
 	int64		push_id;
-	int64		attempt_no;		/* the fence */
 	int64		version;
 	Platform   *platform;
 	bool		is_probe;
@@ -122,11 +134,13 @@ typedef struct Claimed
 /* push.c */
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
-extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher, MemoryContext cxt);
+extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
 extern void redrive_look_at_all(List *platforms);
-extern int64 redrive_reap_pushes(int64 pusher);
+extern void redrive_reap_pushes(int64 pusher);
+extern void redrive_keep_claimed(List *claimed, MemoryContext cxt);
+extern void redrive_forget_pushes(Push **pushes, int n);
 
 /* push_record.c */
 extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);

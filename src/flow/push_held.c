@@ -33,9 +33,9 @@ static RedriveSql locked_pushes = {
 	.text =
 	"WITH free AS MATERIALIZED (SELECT n.place FROM unnest($1) WITH ORDINALITY AS n (push_id, place)"
 	" CROSS JOIN LATERAL (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id FOR NO KEY UPDATE SKIP LOCKED) AS u)"
-	" SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (push_id, attempt_no, place)"
+	" SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (push_id, claim_id, place)"
 	" WHERE NOT EXISTS (SELECT FROM free AS f WHERE f.place = n.place)"
-	" AND EXISTS (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id AND x.lease_until IS NOT NULL AND x.attempt_no = n.attempt_no)",
+	" AND EXISTS (SELECT FROM redrive.pushes AS x WHERE x.push_id = n.push_id AND x.last_claim_id < n.claim_id)",
 	.nargs = 2,.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
 };
 
@@ -44,7 +44,7 @@ int
 redrive_put_locked_last(Push **pushes, int n)
 {
 	Datum	   *ids = palloc(n * sizeof(Datum));
-	Datum	   *attempts = palloc(n * sizeof(Datum));
+	Datum	   *claims = palloc(n * sizeof(Datum));
 	Push	  **locked = palloc(n * sizeof(Push *));
 	Datum		values[2];
 	uint64		n_locked;
@@ -53,10 +53,10 @@ redrive_put_locked_last(Push **pushes, int n)
 	for (int i = 0; i < n; i++)
 	{
 		ids[i] = Int64GetDatum(pushes[i]->push_id);
-		attempts[i] = Int64GetDatum(pushes[i]->attempt_no);
+		claims[i] = Int64GetDatum(pushes[i]->claim->claim_id);
 	}
 	values[0] = redrive_array(INT8OID, n, ids, NULL);
-	values[1] = redrive_array(INT8OID, n, attempts, NULL);
+	values[1] = redrive_array(INT8OID, n, claims, NULL);
 	n_locked = redrive_sql(&locked_pushes, values, NULL);
 	for (uint64 row = 0; row < n_locked; row++)
 	{
@@ -109,9 +109,9 @@ redrive_limit_lock_wait(void)
 }
 
 /*
- * Record so many results; when the data of one cannot be stored, half of them
- * at a time, to find the culprit, and that without its answer.  What is locked
- * is held in cxt, and its place is NULL then.  Each in a transaction of its own.
+ * Record so many results and forget them; when the data of one cannot be stored,
+ * half of them at a time, to find the culprit, and that without its answer.  What is
+ * locked is held in cxt.  Each in a transaction of its own.
  */
 void
 redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt)
@@ -139,17 +139,16 @@ redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext c
 		failed = true;
 	}
 	PG_END_TRY();
-	if (failed && n > 1)
+	if (!failed)
+		redrive_forget_pushes(pushes, n);
+	else if (n > 1)
 	{
 		redrive_record_apart(pushes, n / 2, false, cxt);
 		redrive_record_apart(pushes + n / 2, n - n / 2, false, cxt);
 	}
 	else if (locked)
-	{
 		redrive_hold_push(pushes[0], cxt);
-		pushes[0] = NULL;
-	}
-	else if (failed)
+	else
 		redrive_record_apart(pushes, n, true, cxt);
 }
 

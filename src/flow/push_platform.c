@@ -196,6 +196,7 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 			p = MemoryContextAllocZero(cxt, sizeof(Platform));
 			p->platform_id = id;
 			p->limit = FIRST_LIMIT;
+			dlist_init(&p->claimed);
 		}
 		if (p->config_version != version || p->paused != redrive_bool(row, "paused"))
 		{
@@ -216,7 +217,7 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 		if (!list_member_ptr(platforms, p))
 		{
 			p->paused = true;
-			if (p->in_flight > 0)
+			if (!dlist_is_empty(&p->claimed))
 			{
 				MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 

@@ -3,10 +3,8 @@
  * push_record.c
  *	  Write down what came of pushes.
  *
- * A record is fenced by the number of the attempt, so a late one changes nothing.  That a
- * push is in flight is asked by its lease: by its state, a plan made while few were would
- * take the index of those for the way to each.
- * What was delivered, which most are, has a statement of its own: the other has much
+ * A record is fenced by the number of the claim: what comes after the claim was given up
+ * changes nothing.  What was delivered, which most are, has a statement of its own: the other has much
  * more to decide about each row.
  *
  *-------------------------------------------------------------------------
@@ -35,36 +33,37 @@ static RedriveSql judge_answers = {
 };
 
 /*
- * Delivered.  $1 number, $2 attempt, $3 status, $4 now.  Whether more is wanted is
- * asked of the row as it is when it is changed: a new version may have come since the
+ * Delivered.  $1 number, $2 claim, $3 version, $4 status, $5 now.  Whether more is wanted
+ * is asked of the row as it is when it is changed: a new version may have come since the
  * statement began.  Returns those that were still ours.
  */
 static RedriveSql record_delivered = {
 	.lookups = true,
 	.text =
 	"UPDATE redrive.pushes AS u SET"
-	"  state = CASE WHEN u.wanted_version > u.sent_version THEN 'pending'::redrive.push_state ELSE 'delivered' END,"
-	"  retry_count = CASE WHEN u.wanted_version > u.sent_version THEN 0 ELSE u.retry_count END,"
-	"  next_attempt_at = CASE WHEN u.wanted_version > u.sent_version THEN $4 ELSE u.next_attempt_at END,"
-	"  pushed_version = u.sent_version, pushed_status = CASE WHEN u.wanted_version = u.sent_version THEN u.wanted_status END,"
-	"  delivered_at = $4, http_status = n.http_status, error_class = NULL, message = NULL, lease_until = NULL, lease_owner = NULL"
-	" FROM unnest($1, $2, $3) WITH ORDINALITY AS n (push_id, attempt_no, http_status, place)"
-	" WHERE u.push_id = n.push_id AND u.lease_until IS NOT NULL AND u.attempt_no = n.attempt_no"
-	" RETURNING n.place, false AS charged",
-	.nargs = 4,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, TIMESTAMPTZOID}
+	"  state = CASE WHEN u.wanted_version > n.version THEN 'pending'::redrive.push_state ELSE 'delivered' END,"
+	"  retry_count = CASE WHEN u.wanted_version > n.version THEN 0 ELSE u.retry_count END,"
+	"  next_attempt_at = CASE WHEN u.wanted_version > n.version THEN $5 ELSE u.next_attempt_at END,"
+	"  pushed_version = n.version, pushed_status = CASE WHEN u.wanted_version = n.version THEN u.wanted_status END,"
+	"  delivered_at = $5, http_status = n.http_status, error_class = NULL, message = NULL, attempt_no = u.attempt_no + 1, last_claim_id = n.claim_id"
+	" FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (push_id, claim_id, version, http_status, place)"
+	" WHERE u.push_id = n.push_id AND u.last_claim_id < n.claim_id"
+	" RETURNING n.place, u.attempt_no, false AS charged",
+	.nargs = 5,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, TIMESTAMPTZOID}
 };
 
 /*
- * Not delivered.  $1 number, $2 attempt, $3 platform, $4 charged, $5 permanent, $6
- * blocked, $7 given back, $8 least wait in ms, $9 class, $10 status, $11 message,
- * $12 end; $13 now, $14 the attempts that may be free.  Returns those that were still
- * ours.
+ * Not delivered.  $1 number, $2 claim, $3 version, $4 platform, $5 charged, $6 permanent,
+ * $7 blocked, $8 given back, $9 probe, $10 least wait in ms, $11 class, $12 status,
+ * $13 message, $14 end; $15 now, $16 the attempts that may be free.  What was given up or
+ * blocked meanwhile stays so.  Returns those that were still ours.
  */
 #define NEXT_STATE \
-	"CASE WHEN r.given_back OR u.wanted_version > u.sent_version THEN 'pending'" \
+	"CASE WHEN u.state IN ('dead', 'blocked') THEN u.state::text" \
+	" WHEN r.given_back OR u.wanted_version > r.version THEN 'pending'" \
 	" WHEN r.blocked THEN 'blocked' WHEN r.permanent THEN 'dead'" \
 	" WHEN r.charged AND u.retry_count >= p.max_retries THEN 'dead'" \
-	" WHEN NOT r.charged AND NOT u.is_probe AND u.free_count >= $14 THEN 'dead'" \
+	" WHEN NOT r.charged AND NOT r.is_probe AND u.free_count >= $16 THEN 'dead'" \
 	" ELSE 'waiting' END"
 
 static RedriveSql record_failed = {
@@ -73,24 +72,31 @@ static RedriveSql record_failed = {
 	"UPDATE redrive.pushes AS u SET"
 	"  state = (" NEXT_STATE ")::redrive.push_state,"
 	"  retry_count = CASE " NEXT_STATE " WHEN 'waiting' THEN u.retry_count + r.charged::int"
-	"   WHEN 'pending' THEN CASE WHEN u.wanted_version > u.sent_version THEN 0 ELSE u.retry_count END ELSE u.retry_count END,"
-	"  free_count = CASE WHEN " NEXT_STATE " = 'waiting' AND NOT r.charged AND NOT u.is_probe THEN u.free_count + 1 ELSE u.free_count END,"
-	"  next_attempt_at = CASE " NEXT_STATE " WHEN 'waiting' THEN $13 + greatest(r.wait_ms * interval '1 ms',"
+	"   WHEN 'pending' THEN CASE WHEN u.wanted_version > r.version THEN 0 ELSE u.retry_count END ELSE u.retry_count END,"
+	"  free_count = CASE WHEN " NEXT_STATE " = 'waiting' AND NOT r.charged AND NOT r.is_probe THEN u.free_count + 1 ELSE u.free_count END,"
+	"  next_attempt_at = CASE " NEXT_STATE " WHEN 'waiting' THEN $15 + greatest(r.wait_ms * interval '1 ms',"
 	"   CASE WHEN r.charged THEN redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id)"
 	"   ELSE interval '1 s' * least(u.free_count + 1, 60) END)"
-	"   WHEN 'pending' THEN $13 + CASE WHEN r.given_back THEN r.wait_ms ELSE 0 END * interval '1 ms' ELSE u.next_attempt_at END,"
+	"   WHEN 'pending' THEN $15 + CASE WHEN r.given_back THEN r.wait_ms ELSE 0 END * interval '1 ms' ELSE u.next_attempt_at END,"
 	"  failed_at = CASE WHEN r.given_back THEN u.failed_at ELSE r.finished_at END,"
 	"  http_status = CASE WHEN r.given_back THEN u.http_status ELSE nullif(r.http_status, 0) END,"
 	"  error_class = CASE WHEN r.given_back THEN u.error_class ELSE r.error_class END,"
 	"  message = CASE WHEN r.given_back THEN u.message ELSE r.message END,"
-	"  lease_until = NULL, lease_owner = NULL"
-	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) WITH ORDINALITY AS r (push_id, attempt_no, platform_id,"
-	"  charged, permanent, blocked, given_back, wait_ms, error_class, http_status, message, finished_at, place)"
+	"  attempt_no = u.attempt_no + (NOT r.given_back)::int, last_claim_id = r.claim_id"
+	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) WITH ORDINALITY AS r (push_id, claim_id, version, platform_id,"
+	"  charged, permanent, blocked, given_back, is_probe, wait_ms, error_class, http_status, message, finished_at, place)"
 	" CROSS JOIN LATERAL (SELECT z.max_retries, z.retry_interval, z.retry_factor, z.retry_delay_max FROM redrive.platforms AS z WHERE z.platform_id = r.platform_id OFFSET 0) AS p"
-	" WHERE u.push_id = r.push_id AND u.lease_until IS NOT NULL AND u.attempt_no = r.attempt_no"
-	" RETURNING r.place, r.charged",
-	.nargs = 14,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, INT4ARRAYOID, TEXTARRAYOID,
-	INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZOID, INT4OID}
+	" WHERE u.push_id = r.push_id AND u.last_claim_id < r.claim_id"
+	" RETURNING r.place, u.attempt_no, r.charged",
+	.nargs = 16,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, INT4ARRAYOID,
+	TEXTARRAYOID, INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZOID, INT4OID}
+};
+
+/* Claims of which everything is recorded. */
+static RedriveSql end_claims = {
+	.lookups = true,
+	.text = "DELETE FROM redrive.push_claims AS c USING unnest($1) AS n (claim_id) WHERE c.claim_id = n.claim_id",
+	.nargs = 1,.argtypes = {INT8ARRAYOID}
 };
 
 /*
@@ -150,7 +156,7 @@ note_attempts(AttemptLog *log, Push **pushes, uint64 rows, bool without_answers)
 			continue;
 		log->n++;
 		values[L_PUSH_ID] = Int64GetDatum(p->push_id);
-		values[L_ATTEMPT] = Int64GetDatum(p->attempt_no);
+		values[L_ATTEMPT] = Int64GetDatum(redrive_int64(row, "attempt_no"));
 		values[L_PLATFORM] = Int32GetDatum(p->platform->platform_id);
 		values[L_VERSION] = Int64GetDatum(p->version);
 		values[L_STARTED] = TimestampTzGetDatum(p->started_at);
@@ -278,22 +284,25 @@ static void
 record_delivered_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers)
 {
 	Datum	   *ids = palloc(n * sizeof(Datum));
-	Datum	   *attempts = palloc(n * sizeof(Datum));
+	Datum	   *claims = palloc(n * sizeof(Datum));
+	Datum	   *versions = palloc(n * sizeof(Datum));
 	Datum	   *statuses = palloc(n * sizeof(Datum));
-	Datum		args[4];
+	Datum		args[5];
 	bool		any_built = false;
 
 	for (int i = 0; i < n; i++)
 	{
 		ids[i] = Int64GetDatum(pushes[i]->push_id);
-		attempts[i] = Int64GetDatum(pushes[i]->attempt_no);
+		claims[i] = Int64GetDatum(pushes[i]->claim->claim_id);
+		versions[i] = Int64GetDatum(pushes[i]->version);
 		statuses[i] = Int32GetDatum(pushes[i]->status);
 		any_built |= pushes[i]->platform->has_build;
 	}
 	args[0] = redrive_array(INT8OID, n, ids, NULL);
-	args[1] = redrive_array(INT8OID, n, attempts, NULL);
-	args[2] = redrive_array(INT4OID, n, statuses, NULL);
-	args[3] = TimestampTzGetDatum(GetCurrentTimestamp());
+	args[1] = redrive_array(INT8OID, n, claims, NULL);
+	args[2] = redrive_array(INT8OID, n, versions, NULL);
+	args[3] = redrive_array(INT4OID, n, statuses, NULL);
+	args[4] = TimestampTzGetDatum(GetCurrentTimestamp());
 	note_attempts(log, pushes, redrive_sql(&record_delivered, args, NULL), without_answers);
 	if (any_built)
 		(void) redrive_sql(&delete_bodies, args, NULL);
@@ -305,10 +314,10 @@ record_failed_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers
 {
 	enum
 	{
-		ID, ATTEMPT, PLATFORM, CHARGED, PERMANENT, BLOCKED, GIVEN_BACK, WAIT, CLASS, STATUS, MESSAGE, FINISHED, N_COLUMNS
+		ID, CLAIM, VERSION, PLATFORM, CHARGED, PERMANENT, BLOCKED, GIVEN_BACK, PROBE, WAIT, CLASS, STATUS, MESSAGE, FINISHED, N_COLUMNS
 	};
 	static const Oid types[N_COLUMNS] = {
-		INT8OID, INT8OID, INT4OID, BOOLOID, BOOLOID, BOOLOID, BOOLOID, INT4OID, TEXTOID, INT4OID, TEXTOID, TIMESTAMPTZOID
+		INT8OID, INT8OID, INT8OID, INT4OID, BOOLOID, BOOLOID, BOOLOID, BOOLOID, BOOLOID, INT4OID, TEXTOID, INT4OID, TEXTOID, TIMESTAMPTZOID
 	};
 	Datum	   *values[N_COLUMNS];
 	bool	   *nulls[N_COLUMNS];
@@ -328,12 +337,14 @@ record_failed_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers
 		Push	   *p = pushes[i];
 
 		values[ID][i] = Int64GetDatum(p->push_id);
-		values[ATTEMPT][i] = Int64GetDatum(p->attempt_no);
+		values[CLAIM][i] = Int64GetDatum(p->claim->claim_id);
+		values[VERSION][i] = Int64GetDatum(p->version);
 		values[PLATFORM][i] = Int32GetDatum(p->platform->platform_id);
 		values[CHARGED][i] = BoolGetDatum(p->charged);
 		values[PERMANENT][i] = BoolGetDatum(p->permanent);
 		values[BLOCKED][i] = BoolGetDatum(p->blocked);
 		values[GIVEN_BACK][i] = BoolGetDatum(p->given_back);
+		values[PROBE][i] = BoolGetDatum(p->is_probe);
 		values[WAIT][i] = Int32GetDatum(p->wait_ms);
 		SET_TEXT(CLASS, p->error_class);
 		values[STATUS][i] = Int32GetDatum(p->status);
@@ -346,6 +357,25 @@ record_failed_pushes(Push **pushes, int n, AttemptLog *log, bool without_answers
 	args[N_COLUMNS] = TimestampTzGetDatum(GetCurrentTimestamp());
 	args[N_COLUMNS + 1] = Int32GetDatum(MAX_FREE_RETRIES);
 	note_attempts(log, pushes, redrive_sql(&record_failed, args, NULL), without_answers);
+}
+
+/* Delete the claims that end with these pushes. */
+static void
+end_claims_of(Push **pushes, int n)
+{
+	Datum	   *ids = palloc(n * sizeof(Datum));
+	int			n_ended = 0;
+	Datum		args[1];
+
+	for (int i = 0; i < n; i++)
+		pushes[i]->claim->ending = 0;
+	for (int i = 0; i < n; i++)
+		if (++pushes[i]->claim->ending == pushes[i]->claim->left)
+			ids[n_ended++] = Int64GetDatum(pushes[i]->claim->claim_id);
+	if (n_ended == 0)
+		return;
+	args[0] = redrive_array(INT8OID, n_ended, ids, NULL);
+	(void) redrive_sql(&end_claims, args, NULL);
 }
 
 /*
@@ -382,4 +412,5 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 	if (n_failed > 0)
 		record_failed_pushes(failed, n_failed, &log, without_answers);
 	write_log(&log);
+	end_claims_of(pushes, n);
 }

@@ -198,22 +198,12 @@ send_push(Claimed *claimed)
 	headers[p->n_headers] = NULL;
 }
 
-/* Forget the first of n results, which have been recorded, or held if NULL; hold the others. */
+/* Forget all results: those that are recorded were forgotten one by one, the others are held. */
 static void
-forget_results(Push **pushes, int n_recorded, int n)
+clear_results(void)
 {
 	ListCell   *lc;
 
-	for (int i = n_recorded; i < n; i++)
-		redrive_hold_push(pushes[i], pushes_cxt);
-	for (int i = 0; i < n_recorded; i++)
-	{
-		if (pushes[i] == NULL)
-			continue;
-		if (pushes[i]->texts != NULL)
-			MemoryContextDelete(pushes[i]->texts);
-		pfree(pushes[i]);
-	}
 	results = NULL;
 	last_result = &results;
 	n_results = 0;
@@ -274,7 +264,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		}
 		MemoryContextSwitchTo(claim_cxt);
 		if (room > 0)
-			claimed = redrive_claim_pushes(platforms, room, pusher, pushes_cxt);
+			claimed = redrive_claim_pushes(platforms, room, pusher);
 		/* without room, requests that end will tell */
 		*next_due = list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
 		MemoryContextSwitchTo(TopMemoryContext);
@@ -328,15 +318,18 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
 			return false;
 		redrive_record_apart(pushes, n, false, pushes_cxt);
-		n_recorded = n;
 		/* nothing was claimed, and the platforms are still to be written */
 	}
 	else
 	{
 		look_for_locks = n_recorded < n;
 		platforms_are_written();
+		redrive_forget_pushes(pushes, n_recorded);
+		for (int i = n_recorded; i < n; i++)
+			redrive_hold_push(pushes[i], pushes_cxt);
 	}
-	forget_results(pushes, n_recorded, n);
+	clear_results();
+	redrive_keep_claimed(claimed, pushes_cxt);
 	/* signing wants an owner for what the cryptographic library allocates */
 	CurrentResourceOwner = sending_owner;
 	foreach(lc, claimed)

@@ -128,12 +128,17 @@ RESET SESSION AUTHORIZATION;
 SELECT outcome, acted, more, detail FROM redrive.push_tasks();
 SELECT outcome, acted, more, detail FROM redrive.push_tasks();
 SELECT task_key, platform, state FROM redrive.push_status WHERE task_key IN ('1', '4') ORDER BY 1, 2;
-UPDATE redrive.pushes SET state = 'in_flight', lease_until = now(), lease_owner = 1, attempt_no = 1, sent_version = wanted_version;
+INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
+SELECT platform_id, 1, false, now(), now(), array_agg(push_id), array_agg(wanted_version) FROM redrive.pushes GROUP BY platform_id;
+SELECT DISTINCT state, attempts, lease_until IS NOT NULL AS leased FROM redrive.push_status;
 SELECT outcome, acted, detail FROM redrive.push_tasks(now() - interval '1 min');
 SELECT outcome, acted, detail FROM redrive.push_tasks(now() + interval '1 min');
 SELECT DISTINCT state, retry_count, error_class, message, next_attempt_at > now() + interval '5 min' AS later FROM redrive.push_status;
 SELECT DISTINCT attempt_no, version > 0 AS v, delivered, charged, error_class FROM redrive.push_attempts;
-UPDATE redrive.pushes SET state = 'in_flight', lease_until = now(), lease_owner = 1, attempt_no = 4, retry_count = 3, sent_version = wanted_version WHERE task_id = (SELECT min(task_id) FROM redrive.tasks WHERE task_key = 'form' AND status = 'done');
+SELECT count(*) AS claims FROM redrive.push_claims;
+UPDATE redrive.pushes SET retry_count = 3 WHERE task_id = (SELECT min(task_id) FROM redrive.tasks WHERE task_key = 'form' AND status = 'done');
+INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
+SELECT platform_id, 1, false, now(), now(), ARRAY[push_id], ARRAY[wanted_version] FROM redrive.pushes WHERE task_id = (SELECT min(task_id) FROM redrive.tasks WHERE task_key = 'form' AND status = 'done');
 SELECT outcome, acted, detail FROM redrive.push_tasks(now() + interval '1 min');
 SELECT state, count(*) FROM redrive.push_status GROUP BY 1 ORDER BY 1;
 SELECT DISTINCT fact, remedy FROM redrive.why_push('form', 'crm');

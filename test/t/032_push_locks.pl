@@ -33,12 +33,12 @@ sub others_are_pushed
 
 platform($node, $receiver, 'slow', '/delay/0.5');
 $node->safe_psql('postgres', "SELECT redrive.record_task('held', 'first')");
-ok(poll_until($node, "SELECT state = 'in_flight' FROM redrive.pushes"), 'a push is under way');
+ok(poll_until($node, "SELECT state = 'in_flight' FROM redrive.push_status"), 'a push is under way');
 is($node->safe_psql('postgres', 'SELECT redrive.redrive_push()'), 0, 'it cannot be wanted again');
 $node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('held', 'second'); PREPARE TRANSACTION 'record'");
 platform($node, $receiver, 'fast', '/fast');
 others_are_pushed('another task is pushed while a transaction has recorded one and is open');
-is($node->safe_psql('postgres', "SELECT state FROM $pushes WHERE t.task_key = 'held' AND p.name = 'slow'"), 'in_flight', 'the push of that one is still under way');
+is($node->safe_psql('postgres', "SELECT state FROM redrive.push_status WHERE task_key = 'held' AND platform = 'slow'"), 'in_flight', 'the push of that one is still under way');
 # answers that cannot be stored are recorded apart, and so is what else is to be recorded with them
 #
 # Seen red: without redrive_limit_lock_wait() in redrive_record_apart (flow/push_held.c).

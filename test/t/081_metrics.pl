@@ -65,10 +65,13 @@ COMMIT;
 SELECT redrive.record_task('form ' || n, 'secret status') FROM generate_series(1, 12) AS n;
 -- what the pusher would write: 3 under way, 4 waiting, 2 given up; 5 attempts five minutes ago, of which one was delivered
 WITH u AS (SELECT push_id, row_number() OVER (ORDER BY push_id) AS n FROM redrive.pushes)
-UPDATE redrive.pushes AS p SET state = CASE WHEN n <= 3 THEN 'in_flight' WHEN n <= 7 THEN 'waiting' WHEN n <= 9 THEN 'dead' ELSE 'pending' END::redrive.push_state,
-    lease_until = CASE WHEN n <= 3 THEN now() + interval '1 h' END, lease_owner = CASE WHEN n <= 3 THEN 1 END, message = 'secret message',
+UPDATE redrive.pushes AS p SET state = CASE WHEN n <= 7 THEN 'waiting' WHEN n <= 9 THEN 'dead' ELSE 'pending' END::redrive.push_state,
+    message = 'secret message',
     next_attempt_at = now() + CASE WHEN n <= 7 THEN interval '1 h' ELSE interval '-10 min' END
 FROM u WHERE u.push_id = p.push_id;
+INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
+SELECT min(platform_id), 1, false, now(), now() + interval '1 h', array_agg(push_id), array_agg(wanted_version)
+FROM (SELECT push_id, platform_id, wanted_version FROM redrive.pushes ORDER BY push_id LIMIT 3) AS u;
 INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe, message)
 SELECT r.part, push_id, 1, platform_id, 1, now() - interval '3 min', now() - interval '2 min', push_id = min(push_id) OVER (), true, false, 'secret message'
 FROM redrive.pushes CROSS JOIN redrive.rotation AS r ORDER BY push_id LIMIT 5;
