@@ -106,7 +106,7 @@ BEGIN
     ELSIF u.state = 'dead' THEN
         RETURN QUERY SELECT 'given up', format('After %s attempts, the last at %s: %s', u.attempt_no, u.failed_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
     ELSIF u.state = 'blocked' THEN
-        RETURN QUERY SELECT 'blocked', u.message, format('SELECT redrive.alter_platform(%L, ...);', p.name);
+        RETURN QUERY SELECT 'blocked', u.message, CASE u.error_class WHEN 'body' THEN 'Record the task again, with a payload that can be sent.' ELSE format('SELECT redrive.alter_platform(%L, ...);', p.name) END;
     ELSIF u.next_attempt_at > now() THEN
         RETURN QUERY SELECT 'waiting for a retry', format('Until %s. The last attempt: %s', u.next_attempt_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
     ELSIF u.awaits_build THEN

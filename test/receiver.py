@@ -8,6 +8,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /bytes  /redirect
+    /deep/N (N arrays in each other)  /picky (500 to the task "bad")
 """
 import asyncio, base64, hashlib, hmac, json, os, socket, ssl, struct, sys, time, urllib.parse
 
@@ -30,7 +31,7 @@ async def answer(writer, status, body=b"{}", headers=""):
     await writer.drain()
 
 
-async def behave(path, number, reader, writer):
+async def behave(path, number, body, reader, writer):
     word, *rest = path.strip("/").split("/")
     if os.path.exists(os.path.join(directory, "down")):
         await answer(writer, 500)
@@ -45,6 +46,10 @@ async def behave(path, number, reader, writer):
         await answer(writer, 200)
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)
+    elif word == "deep":
+        await answer(writer, 200, b"[" * int(rest[0]) + b"]" * int(rest[0]))
+    elif word == "picky":
+        await answer(writer, 500 if b'"task_key" : "bad"' in body else 200)
     elif word == "redirect":
         await answer(writer, 302, headers="Location: /ok\r\n")
     elif word == "bytes":
@@ -91,7 +96,7 @@ async def serve(reader, writer):
             seen[key] = seen.get(key, 0) + 1
             log.write(json.dumps({"at": time.time(), "method": method, "path": path, "id": key, "sequence": headers.get("webhook-sequence"),
                                   "signed": signed(headers, body), "headers": headers, "body": body.decode("utf-8", "replace")}) + "\n")
-            await behave(path, seen[key], reader, writer)
+            await behave(path, seen[key], body, reader, writer)
     except (asyncio.IncompleteReadError, ConnectionError):
         pass
     finally:

@@ -25,6 +25,7 @@
 #include "base/wake.h"
 #include "base/xact.h"
 #include "flow/build.h"
+#include "flow/push.h"
 #include "flow/segment.h"
 
 #define BUILDS_AT_ONCE 500
@@ -92,12 +93,13 @@ static RedriveSql record_builds = {
 /*
  * Return what a build function returned as the text of a body, in cxt.
  *
- * Throws 22004 when it is NULL.
+ * Throws 22004 when it is NULL, 54000 when it is too long.
  */
 char *
 redrive_built_body(Datum result, bool isnull, MemoryContext cxt)
 {
 	Jsonb	   *jsonb;
+	char	   *body;
 
 	if (isnull)
 		ereport(ERROR,
@@ -105,7 +107,14 @@ redrive_built_body(Datum result, bool isnull, MemoryContext cxt)
 				 errmsg("the build function returned NULL"),
 				 errhint("Return the body of the request as jsonb.")));
 	jsonb = DatumGetJsonbP(result);
-	return MemoryContextStrdup(cxt, JsonbToCString(NULL, &jsonb->root, VARSIZE(jsonb)));
+	body = JsonbToCString(NULL, &jsonb->root, VARSIZE(jsonb));
+	if (strlen(body) > REDRIVE_MAX_BODY)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the body that the build function returned is too long"),
+				 errdetail("It has %zu bytes, of %d at most.", strlen(body), REDRIVE_MAX_BODY),
+				 errhint("Send less, a reference to the rest for example.")));
+	return MemoryContextStrdup(cxt, body);
 }
 
 /*

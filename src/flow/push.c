@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
+#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -38,8 +39,9 @@ static RedriveSql claim_pushes = {
 	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d),"
 	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
-	"   SELECT t.version, json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
-	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text AS body"
+	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_MAX_BODY) " THEN"
+	"    json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
+	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text END AS body"
 	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id"
 	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c),"
 	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)"
@@ -57,6 +59,17 @@ static RedriveSql next_push = {
 	" AND x.push_id NOT IN (SELECT unnest($2))"
 	" ORDER BY x.next_attempt_at LIMIT 1) AS n",
 	2, {INT4ARRAYOID, INT8ARRAYOID}
+};
+
+/* What would be claimed next cannot be. */
+static RedriveSql block_next_push = {
+	.lookups = true,
+	.text =
+	"UPDATE redrive.pushes AS u SET state = 'blocked', error_class = 'body', message = $3, failed_at = now()"
+	" WHERE u.push_id = (SELECT x.push_id FROM redrive.pushes AS x"
+	"  WHERE x.platform_id = $1 AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= now()"
+	"  AND x.push_id NOT IN (SELECT unnest($2)) ORDER BY x.next_attempt_at LIMIT 1)",
+	.nargs = 3,.argtypes = {INT4OID, INT8ARRAYOID, TEXTOID}
 };
 
 static RedriveSql reap_pushes = {
@@ -98,7 +111,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	const TimestampTz now = GetCurrentTimestamp();
 	MemoryContext result_cxt = CurrentMemoryContext;
 	int			n_active = 0;
-	int			http_share;
+	int			share;
 	int			n = 0;
 	int			size = Max(list_length(platforms), 1);
 	Datum	   *ids = palloc(size * sizeof(Datum));
@@ -115,14 +128,19 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	foreach(lc, platforms)
 		if (!((Platform *) lfirst(lc))->paused)
 		n_active++;
-	http_share = redrive_push_max_in_flight / Max(n_active, 1);
+
+	/*
+	 * nobody gets so much that nothing is left for another, one that is new
+	 * too
+	 */
+	share = Min(redrive_push_max_in_flight / Max(n_active, 1), redrive_push_max_in_flight - redrive_push_max_in_flight / 8);
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);
+		int			own;
 
-		/* nobody gets so much that nothing is left for another */
-		int			own = Min(redrive_room_of(p, Max(http_share, 1), now), room);
-
+		p->share = Max(share, 1);
+		own = Min(redrive_room_of(p, now), room);
 		p->asked = 0;
 		if (own <= 0 || !p->more_due)
 			continue;
@@ -173,6 +191,9 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 		c->push = push;
 		c->id = redrive_text(row, "id", result_cxt);
 		c->body = redrive_text(row, "body", result_cxt);
+		/* what is sent is JSON, which is UTF-8 */
+		if (c->body != NULL)
+			c->body = pg_server_to_any(c->body, strlen(c->body), PG_UTF8);
 		old_cxt = MemoryContextSwitchTo(result_cxt);
 		claimed = lappend(claimed, c);
 		MemoryContextSwitchTo(old_cxt);
@@ -192,6 +213,21 @@ time_of(int row, const char *name)
 	Datum		value = redrive_column(row, name, &isnull);
 
 	return isnull ? 0 : DatumGetTimestampTz(value);
+}
+
+/*
+ * Block what a claim for this platform would begin with, since it cannot be claimed: a
+ * body that cannot be made, for example.
+ */
+void
+redrive_block_next_push(Platform *platform, const char *message)
+{
+	Datum		values[3];
+
+	values[0] = Int32GetDatum(platform->platform_id);
+	values[1] = under_way(&platform, 1, NIL);
+	values[2] = CStringGetTextDatum(message);
+	(void) redrive_sql(&block_next_push, values, NULL);
 }
 
 /* What was claimed is committed: keep it in cxt until it is recorded. */

@@ -19,6 +19,9 @@
 /* How much of an answer is kept in the log. */
 #define REDRIVE_KEPT_ANSWER 4096
 
+/* The longest body that is sent. */
+#define REDRIVE_MAX_BODY 1048576
+
 typedef enum BreakerState
 {
 	BREAKER_CLOSED,				/* requests are sent -> OPEN */
@@ -30,6 +33,7 @@ typedef enum BreakerState
 typedef struct Platform
 {
 	int32		platform_id;
+	MemoryContext cxt;			/* of its configuration */
 	char	   *name;
 	int64		config_version;
 	bool		paused;
@@ -71,6 +75,7 @@ typedef struct Platform
 	int			times_opened;
 	int			failures_in_row;
 	int			successes_in_row;
+	TimestampTz answered_at;	/* last sign of life that was not used up */
 	TimestampTz window_started_at;
 	int64		window_attempts;
 	int64		window_failures;
@@ -80,8 +85,11 @@ typedef struct Platform
 	bool		written;		/* and was, in this transaction */
 	bool		gone;			/* answered 410: to be paused */
 	bool		more_due;		/* there may be something to claim */
+	bool		alone;			/* a claim failed: one push, and no other
+								 * platform's */
 	int			asked;			/* how many the claim asked for, less what it
 								 * got */
+	int			share;			/* of what may be under way in all */
 	TimestampTz ready_at;		/* when it may be claimed for */
 } Platform;
 
@@ -113,6 +121,7 @@ typedef struct Push
 	bool		charged;		/* costs a retry */
 	bool		permanent;		/* is not retried */
 	bool		blocked;		/* not before the configuration changes */
+	bool		taught;			/* its platform has learned from it */
 	int			wait_ms;		/* the least time to the next attempt */
 	const char *error_class;	/* NULL = none */
 	int			status;
@@ -135,6 +144,7 @@ typedef struct Claimed
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
 extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher);
+extern void redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
 extern void redrive_look_at_all(List *platforms);
@@ -149,13 +159,15 @@ extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
 extern int	redrive_put_locked_last(Push **pushes, int n);
 extern void redrive_limit_lock_wait(void);
 extern void redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt);
+extern bool redrive_is_outage(int sqlstate);
 extern void redrive_hold_push(Push *push, MemoryContext cxt);
 extern TimestampTz redrive_held_until(void);
 extern Push *redrive_take_held(void);
 
 /* push_result.c */
 extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);
-extern int	redrive_room_of(Platform *platform, int share, TimestampTz now);
+extern void redrive_teach_platform(Push *push);
+extern int	redrive_room_of(Platform *platform, TimestampTz now);
 extern TimestampTz redrive_platform_ready_at(Platform *platform, TimestampTz now);
 
 #endif							/* REDRIVE_PUSH_H */

@@ -13,6 +13,7 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
+#include "miscadmin.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -108,17 +109,32 @@ redrive_limit_lock_wait(void)
 	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 }
 
+/* Is it an error of the server, and not of what is recorded? */
+bool
+redrive_is_outage(int sqlstate)
+{
+	switch (ERRCODE_TO_CATEGORY(sqlstate))
+	{
+		case ERRCODE_INSUFFICIENT_RESOURCES:
+		case ERRCODE_SYSTEM_ERROR:
+		case ERRCODE_CONNECTION_EXCEPTION:
+		case ERRCODE_TRANSACTION_ROLLBACK:
+			return true;
+		default:
+			return false;
+	}
+}
+
 /*
- * Record so many results and forget them; when the data of one cannot be stored,
- * half of them at a time, to find the culprit, and that without its answer.  What is
- * locked is held in cxt.  Each in a transaction of its own.
+ * Record so many results and forget them, each part in a transaction of its own: when
+ * one cannot be recorded, half of them at a time, to find the culprit, and that without
+ * its answer.  What is locked, or cannot be recorded at all for now, is held in cxt.
  */
 void
 redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt)
 {
 	MemoryContext old_cxt = CurrentMemoryContext;
-	volatile bool failed = false;
-	volatile bool locked = false;
+	volatile int sqlstate = 0;
 
 	PG_TRY();
 	{
@@ -130,24 +146,28 @@ redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext c
 	PG_CATCH();
 	{
 		MemoryContextSwitchTo(old_cxt);
-		locked = geterrcode() == ERRCODE_LOCK_NOT_AVAILABLE;
-		if (!locked && (without_answers || (n == 1 && ERRCODE_TO_CATEGORY(geterrcode()) != ERRCODE_DATA_EXCEPTION)))
+		if (ProcDiePending)
 			PG_RE_THROW();
+		sqlstate = geterrcode();
+		if (sqlstate != ERRCODE_LOCK_NOT_AVAILABLE && (without_answers || redrive_is_outage(sqlstate)))
+			EmitErrorReport();
 		FlushErrorState();
 		redrive_worker_abort();
-		MemoryContextSwitchTo(old_cxt);
-		failed = true;
 	}
 	PG_END_TRY();
-	if (!failed)
+	MemoryContextSwitchTo(old_cxt);
+	if (sqlstate == 0)
 		redrive_forget_pushes(pushes, n);
+	else if (redrive_is_outage(sqlstate) || (n == 1 && (without_answers || sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)))
+	{
+		for (int i = 0; i < n; i++)
+			redrive_hold_push(pushes[i], cxt);
+	}
 	else if (n > 1)
 	{
-		redrive_record_apart(pushes, n / 2, false, cxt);
-		redrive_record_apart(pushes + n / 2, n - n / 2, false, cxt);
+		redrive_record_apart(pushes, n / 2, without_answers, cxt);
+		redrive_record_apart(pushes + n / 2, n - n / 2, without_answers, cxt);
 	}
-	else if (locked)
-		redrive_hold_push(pushes[0], cxt);
 	else
 		redrive_record_apart(pushes, n, true, cxt);
 }

@@ -40,7 +40,7 @@ static RedriveSql load_platforms = {
 };
 
 static RedriveSql platforms_version = {
-	"SELECT coalesce(sum((p.config_version * 2 + p.paused::int) * (p.platform_id + 1)), 0)::int8 + count(*) AS version FROM redrive.platforms AS p",
+	"SELECT coalesce(bit_xor(hashint8extended(p.config_version * 2 + p.paused::int, p.platform_id)), 0) AS version FROM redrive.platforms AS p",
 	0, {0}
 };
 
@@ -49,8 +49,9 @@ static RedriveSql write_platform = {
 	" failures_in_row = $7, successes_in_row = $8, window_started_at = $9, window_attempts = $10, window_failures = $11, in_flight_limit = $12,"
 	" attempts = attempts + $13, delivered = delivered + $14, last_delivered_at = CASE WHEN $14 > 0 THEN $15 ELSE last_delivered_at END,"
 	" last_failed_at = CASE WHEN $13 > $14 THEN $15 ELSE last_failed_at END"
-	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platform_states AS x WHERE x.platform_id = $1 FOR NO KEY UPDATE SKIP LOCKED)",
-	15, {INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, INT4OID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, INT4OID, INT8OID, INT8OID, TIMESTAMPTZOID}
+	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platform_states AS x WHERE x.platform_id = $1"
+	"  AND EXISTS (SELECT FROM redrive.platforms AS p WHERE p.platform_id = $1 AND p.config_version = $16) FOR NO KEY UPDATE SKIP LOCKED)",
+	16, {INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, INT4OID, INT4OID, TIMESTAMPTZOID, INT8OID, INT8OID, INT4OID, INT8OID, INT8OID, TIMESTAMPTZOID, INT8OID}
 };
 
 static RedriveSql pause_platform = {
@@ -86,10 +87,14 @@ float_of(int row, const char *name)
 	return DatumGetFloat8(redrive_column(row, name, &isnull));
 }
 
-/* Read one platform from a row of load_platforms. */
+/*
+ * Read one platform from a row of load_platforms, into a context of its own below
+ * parent.  What it had before goes at the end: an error leaves something to use.
+ */
 static void
-read_platform(Platform *p, int row, MemoryContext cxt)
+read_platform(Platform *p, int row, MemoryContext parent)
 {
+	MemoryContext cxt = AllocSetContextCreate(parent, "redrive platform", ALLOCSET_SMALL_SIZES);
 	bool		isnull;
 	Datum		headers = redrive_column(row, "headers", &isnull);
 	char	   *bearer = redrive_text(row, "bearer", cxt);
@@ -100,8 +105,6 @@ read_platform(Platform *p, int row, MemoryContext cxt)
 	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 
 	p->name = redrive_text(row, "name", cxt);
-	p->config_version = redrive_int64(row, "config_version");
-	p->paused = redrive_bool(row, "paused");
 	p->gone = false;
 	p->has_build = redrive_bool(row, "has_build");
 	p->has_success_when = redrive_bool(row, "has_success_when");
@@ -145,6 +148,11 @@ read_platform(Platform *p, int row, MemoryContext cxt)
 	p->n_permanent = n;
 	for (int i = 0; i < n; i++)
 		p->permanent[i] = DatumGetInt32(values[i]);
+	if (p->cxt != NULL)
+		MemoryContextDelete(p->cxt);
+	p->cxt = cxt;
+	p->paused = redrive_bool(row, "paused");
+	p->config_version = redrive_int64(row, "config_version");
 	MemoryContextSwitchTo(old_cxt);
 }
 
@@ -239,8 +247,8 @@ redrive_write_platforms(List *platforms)
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);
-		Datum		values[15];
-		char		nulls[16] = "               ";
+		Datum		values[16];
+		char		nulls[17] = "                ";
 
 		p->written = false;
 		if (!p->changed)
@@ -264,6 +272,7 @@ redrive_write_platforms(List *platforms)
 		values[12] = Int64GetDatum(p->new_attempts);
 		values[13] = Int64GetDatum(p->new_delivered);
 		values[14] = TimestampTzGetDatum(now);
+		values[15] = Int64GetDatum(p->config_version);
 		/* not what somebody else has locked: later */
 		p->written = !p->gone || p->paused || redrive_sql(&pause_platform, values, NULL) > 0;
 		if (p->written)

@@ -13,6 +13,7 @@
 
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
+#include "utils/timeout.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
@@ -20,6 +21,7 @@
 #include "flow/push.h"
 
 #define MAX_FREE_RETRIES 20
+#define JUDGE_MS 2000			/* the longest that success_when may take */
 #define CHANGED_MS 100			/* a platform is being changed: ask again */
 
 /* Which answers are what success_when wants.  $1 platform, $2 answer. */
@@ -63,7 +65,7 @@ static RedriveSql record_delivered = {
 	" WHEN r.given_back OR u.wanted_version > r.version THEN 'pending'" \
 	" WHEN r.blocked THEN 'blocked' WHEN r.permanent THEN 'dead'" \
 	" WHEN r.charged AND u.retry_count >= p.max_retries THEN 'dead'" \
-	" WHEN NOT r.charged AND NOT r.is_probe AND u.free_count >= $16 THEN 'dead'" \
+	" WHEN NOT r.charged AND NOT r.is_probe AND r.error_class <> 'ours' AND u.free_count >= $16 THEN 'dead'" \
 	" ELSE 'waiting' END"
 
 static RedriveSql record_failed = {
@@ -197,10 +199,9 @@ static void
 reject(Push *p, const char *message)
 {
 	p->delivered = false;
-	p->charged = !p->is_probe;
+	p->charged = true;
 	p->error_class = "rejected";
 	p->message = message;
-	p->answer = NULL;
 }
 
 /* Find those whose answer is not what success_when wants. */
@@ -226,7 +227,10 @@ judge(Push **pushes, int n)
 		return;
 	args[0] = redrive_array(INT4OID, n_answered, platforms, NULL);
 	args[1] = redrive_array(TEXTOID, n_answered, answers, NULL);
+	/* the path is of a user, and so is what it looks at */
+	enable_timeout_after(STATEMENT_TIMEOUT, JUDGE_MS);
 	rows = redrive_sql(&judge_answers, args, NULL);
+	disable_timeout(STATEMENT_TIMEOUT, false);
 	for (uint64 row = 0; row < rows; row++)
 		fits[redrive_int64(row, "place") - 1] = true;
 	for (int i = 0; i < n_answered; i++)
@@ -398,7 +402,8 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 	for (int i = 0; i < n; i++)
 	{
 		if (without_answers && pushes[i]->answer != NULL)
-			reject(pushes[i], "The answer cannot be read as JSON.");
+			reject(pushes[i], "The answer cannot be judged by success_when.");
+		redrive_teach_platform(pushes[i]);
 		if (pushes[i]->delivered)
 			delivered[n_delivered++] = pushes[i];
 		else

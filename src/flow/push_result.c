@@ -30,13 +30,27 @@
 #define MAX_WAIT_S 3600			/* the longest that a platform can ask for */
 #define OUR_FAULT_MS 2000
 
-/* Is this text JSON that has a chance to become jsonb? */
+/* Is this text JSON that has a chance to become jsonb?  What is nested too deeply is not. */
 static bool
 is_json(char *text)
 {
 	static JsonSemAction nothing;
+	MemoryContext old_cxt = CurrentMemoryContext;
+	volatile bool valid = false;
 
-	return pg_parse_json(redrive_json_lexer(text), &nothing) == JSON_SUCCESS;
+	PG_TRY();
+	{
+		valid = pg_parse_json(redrive_json_lexer(text), &nothing) == JSON_SUCCESS;
+	}
+	PG_CATCH();
+	{
+		if (geterrcode() != ERRCODE_STATEMENT_TOO_COMPLEX)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(old_cxt);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	return valid;
 }
 
 static void
@@ -44,6 +58,13 @@ fail(Push *push, const char *error_class, bool charged)
 {
 	push->error_class = error_class;
 	push->charged = charged;
+}
+
+/* How long a platform wants to be left alone, in ms; never shorter than it is set to. */
+static int
+wait_of(Push *push, const RedriveHttpResult *http)
+{
+	return (int) Min(Max(push->platform->retry_interval_s, Min(http->retry_after_s, MAX_WAIT_S)), INT_MAX / 1000) * 1000;
 }
 
 /* Judge an answer by its status. */
@@ -80,7 +101,7 @@ judge_status(Push *push, const RedriveHttpResult *http)
 	if (status == 429 || (status == 503 && http->retry_after_s > 0))
 	{
 		fail(push, "throttled", false);
-		push->wait_ms = (int) Min(Max(http->retry_after_s, platform->retry_interval_s), MAX_WAIT_S) * 1000;
+		push->wait_ms = wait_of(push, http);
 	}
 	else if (status == 401 || status == 403 || status == 407)
 		fail(push, "credential", false);
@@ -89,7 +110,11 @@ judge_status(Push *push, const RedriveHttpResult *http)
 	else if (status >= 300 && status < 400)
 		fail(push, "redirect", true);
 	else if (status == 408 || status == 425 || status >= 500 || status < 200)
+	{
 		fail(push, "transient", true);
+		if (http->retry_after_s > 0)
+			push->wait_ms = wait_of(push, http);
+	}
 	else
 		fail(push, "client_error", true);
 }
@@ -130,13 +155,15 @@ open_time(Platform *platform)
 }
 
 /*
- * Let the platform's breaker and limits learn from a result.
+ * Let the platform's breaker and limits learn from a result, once.
  *
- * Says so in the log when the breaker opens or closes; nothing of the request
- * is in there.
+ * A probe costs its push nothing, as it is about the platform; unless the platform has
+ * answered another since its breaker opened: then it is the push that fails, and
+ * nobody else has to wait for it.  Says so in the log when the breaker opens or
+ * closes; nothing of the request is in there.
  */
-static void
-teach_platform(Push *push)
+void
+redrive_teach_platform(Push *push)
 {
 	Platform   *platform = push->platform;
 	const char *class = push->error_class;
@@ -144,15 +171,36 @@ teach_platform(Push *push)
 	const BreakerState before = platform->breaker;
 
 	/* errors of ours, and those of a single task, say nothing about it */
-	const bool	neutral = class != NULL && (strcmp(class, "ours") == 0 || strcmp(class, "policy") == 0 || strcmp(class, "client_error") == 0);
+	const bool	ours = class != NULL && (strcmp(class, "ours") == 0 || strcmp(class, "policy") == 0);
+	const bool	answered = push->delivered || (class != NULL && strcmp(class, "client_error") == 0);
+	const bool	lives = before != BREAKER_CLOSED && platform->answered_at > platform->opened_at;
 	const bool	hard = class != NULL && (strcmp(class, "not_sent") == 0 || strcmp(class, "timeout") == 0 || strcmp(class, "tls") == 0 ||
 										 strcmp(class, "credential") == 0);
 
+	if (push->taught)
+		return;
+	push->taught = true;
+	if (push->is_probe && !push->delivered)
+	{
+		push->charged = !ours && (answered || lives) && strcmp(class, "throttled") != 0 && strcmp(class, "gone") != 0;
+		/* each sign of life tells against one push only */
+		if (push->charged && !answered)
+			platform->answered_at = 0;
+	}
 	platform->changed = true;
 	platform->new_attempts++;
 	if (push->delivered)
 		platform->new_delivered++;
-	if (neutral)
+	if (ours)
+		return;
+	if (answered)
+	{
+		platform->answered_at = now;
+		platform->successes_in_row++;
+		if (platform->breaker != BREAKER_CLOSED && platform->successes_in_row >= PROBES)
+			close_breaker(platform);
+	}
+	if (answered && !push->delivered)
 		return;
 	if (platform->window_started_at == 0 || now - platform->window_started_at > WINDOW_US)
 	{
@@ -165,9 +213,6 @@ teach_platform(Push *push)
 	{
 		platform->limit = Min(platform->limit + 1, platform->max_in_flight);
 		platform->failures_in_row = 0;
-		platform->successes_in_row++;
-		if (platform->breaker != BREAKER_CLOSED && platform->successes_in_row >= PROBES)
-			close_breaker(platform);
 	}
 	else
 	{
@@ -185,6 +230,8 @@ teach_platform(Push *push)
 			open_breaker(platform, now, Max(push->wait_ms * INT64CONST(1000), (int64) 1000000), "it asked to wait");
 		else if (platform->breaker == BREAKER_OPEN)
 			;					/* a late result of before */
+		else if (platform->breaker == BREAKER_HALF_OPEN && push->charged)
+			;					/* it is this push, not the platform */
 		else if (platform->breaker == BREAKER_HALF_OPEN)
 			open_breaker(platform, now, open_time(platform), psprintf("a probe failed: %s", class));
 		else if (strcmp(class, "credential") == 0 || strcmp(class, "tls") == 0)
@@ -238,17 +285,23 @@ redrive_judge_push(Push *push, const RedriveHttpResult *http)
 		else
 			fail(push, http->sent ? "ambiguous" : "not_sent", true);
 	}
-	/* a probe tells of the platform: its push pays nothing */
-	if (push->is_probe)
-		push->charged = false;
-	teach_platform(push);
+	/* what success_when has to be asked about is not known yet */
+	if (push->answer == NULL)
+		redrive_teach_platform(push);
+}
+
+/* How many requests to a platform may be under way. */
+static int
+most_at_once(Platform *platform)
+{
+	return Min(Min(platform->limit, platform->share), platform->max_in_flight);
 }
 
 /* How many more requests may be sent to a platform now. */
 int
-redrive_room_of(Platform *platform, int share, TimestampTz now)
+redrive_room_of(Platform *platform, TimestampTz now)
 {
-	int			room = Min(Min(platform->limit, share), platform->max_in_flight) - platform->in_flight;
+	int			room = most_at_once(platform) - platform->in_flight;
 
 	if (platform->paused || platform->gone || platform->trouble != NULL)
 		return 0;
@@ -288,7 +341,7 @@ redrive_platform_ready_at(Platform *platform, TimestampTz now)
 		return platform->blocked_until;
 	if (platform->breaker == BREAKER_HALF_OPEN && platform->in_flight > 0)
 		return DT_NOEND;		/* its results will tell */
-	if (platform->in_flight >= Min(platform->limit, platform->max_in_flight))
+	if (platform->in_flight >= most_at_once(platform))
 		return DT_NOEND;
 	if (platform->rate_limit > 0 && platform->tokens < 1)
 		return now + (TimestampTz) ((1 - platform->tokens) / platform->rate_limit * 1e6) + 1000;

@@ -59,6 +59,11 @@ static int	n_results = 0;
 static TimestampTz first_result_at;
 static bool half_ended = false; /* of what a platform had under way */
 static bool look_for_locks = false; /* others have locked what we record */
+static TimestampTz reaped_at = 0;	/* also of the last look at everything */
+static enum
+{
+	REAPING, RECORDING, CLAIMING
+}			step;				/* of a turn */
 
 static void
 destroy_http(int code, Datum arg)
@@ -153,6 +158,18 @@ drive(void)
 	MemoryContextSwitchTo(old_cxt);
 }
 
+/* A body that is too long is not sent before the task has another. */
+static void
+refuse_body(Push *push)
+{
+	push->error_class = "body";
+	push->message = "The body is longer than 1 MiB.";
+	push->blocked = true;
+	push->taught = true;
+	push->finished_at = GetCurrentTimestamp();
+	add_result(push);
+}
+
 /* Send what was claimed; what there is no room for is given back. */
 static void
 send_push(Claimed *claimed)
@@ -162,39 +179,45 @@ send_push(Claimed *claimed)
 	const char **headers = p->headers;
 	int			n = p->n_headers;
 	int64		now_s = (int64) (GetCurrentTimestamp() / USECS_PER_SEC) + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
-	size_t		body_len = strlen(claimed->body);
+	const char *body = strcmp(p->method, "GET") != 0 ? claimed->body : NULL;
+	size_t		body_len = body != NULL ? strlen(body) : 0;
 	RedriveHttpRequest request = {0};
 
+	p->in_flight++;
+	if (claimed->body == NULL || body_len > REDRIVE_MAX_BODY)
+	{
+		refuse_body(push);
+		return;
+	}
 	headers[n++] = psprintf("webhook-id: %s", claimed->id);
 	headers[n++] = psprintf("webhook-timestamp: %lld", (long long) now_s);
 	headers[n++] = psprintf("webhook-sequence: %lld", (long long) push->version);
 	if (p->signing[0] != NULL)
 	{
-		char	   *signature = redrive_sign(p->signing[0], claimed->id, now_s, claimed->body, body_len);
+		char	   *signature = redrive_sign(p->signing[0], claimed->id, now_s, body != NULL ? body : "", body_len);
 
 		if (p->signing[1] != NULL)
-			signature = psprintf("%s %s", signature, redrive_sign(p->signing[1], claimed->id, now_s, claimed->body, body_len));
+			signature = psprintf("%s %s", signature, redrive_sign(p->signing[1], claimed->id, now_s, body != NULL ? body : "", body_len));
 		headers[n++] = psprintf("webhook-signature: %s", signature);
 	}
 	headers[n] = NULL;
 	request.method = p->method;
 	request.url = p->url;
 	request.headers = headers;
-	if (strcmp(p->method, "GET") != 0)
-	{
-		request.body = claimed->body;
-		request.body_len = body_len;
-	}
+	request.body = body;
+	request.body_len = body_len;
 	request.timeout_ms = p->timeout_ms;
 	request.connect_timeout_ms = p->connect_timeout_ms;
 	request.allow_http = p->allow_http;
 	request.allow = p->allow;
 	request.n_allow = p->n_allow;
 	request.arg = push;
-	p->in_flight++;
 	p->tokens -= 1;
 	if (!redrive_http_start(http, &request))
+	{
+		push->wait_ms = AFTER_ERROR_MS;
 		give_back(push);
+	}
 	headers[p->n_headers] = NULL;
 }
 
@@ -231,31 +254,49 @@ platforms_are_written(void)
 	}
 }
 
+/* The platform for which one push is claimed, and for no other; NULL = all are claimed for. */
+static Platform *
+platform_alone(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, platforms)
+		if (((Platform *) lfirst(lc))->alone)
+		return lfirst(lc);
+	return NULL;
+}
+
 /*
- * One transaction: record what has ended, and claim what is due.
+ * One transaction: end what others have left, record what has ended, and claim what
+ * is due.
  *
  * Returns what was claimed, in claim_cxt, and sets when to claim again at the
  * latest.  Of n results those that are locked are put last; n becomes how many
- * are not.  What it throws leaves everything as it was.
+ * are not.  What it throws leaves everything as it was; step says where it was.
  */
 static List *
 turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 {
 	List	   *claimed = NIL;
 
+	step = REAPING;
 	redrive_worker_begin();
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
 		proc_exit(0);
 	redrive_limit_lock_wait();
+	if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))
+		redrive_reap_pushes(reaped_at == 0 ? pusher : 0);
+	step = RECORDING;
 	if (*n > 0 && look_for_locks)
 		*n = redrive_put_locked_last(pushes, *n);
 	if (*n > 0)
 		redrive_record_pushes(pushes, *n, false);
-	redrive_write_platforms(platforms);
+	step = CLAIMING;
 	if (may_claim)
 	{
 		int64		version = redrive_platforms_version();
 		int			room = http_room - redrive_http_in_flight(http);
+		Platform   *alone = platform_alone();
 
 		if (version != platforms_version)
 		{
@@ -264,19 +305,31 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		}
 		MemoryContextSwitchTo(claim_cxt);
 		if (room > 0)
-			claimed = redrive_claim_pushes(platforms, room, pusher);
+			claimed = redrive_claim_pushes(alone != NULL ? list_make1(alone) : platforms, alone != NULL ? 1 : room, pusher);
 		/* without room, requests that end will tell */
-		*next_due = list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
+		*next_due = alone != NULL ? 0 : list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
 		MemoryContextSwitchTo(TopMemoryContext);
 	}
+	redrive_write_platforms(platforms);
 	redrive_worker_end();
 	return claimed;
 }
 
+/* Block the push that cannot be claimed, in a transaction of its own. */
+static void
+block_alone(Platform *platform, const char *message)
+{
+	redrive_worker_begin();
+	redrive_limit_lock_wait();
+	redrive_block_next_push(platform, message);
+	redrive_worker_end();
+	MemoryContextSwitchTo(claim_cxt);
+}
+
 /*
- * The same, and what follows an error: data that cannot be stored is recorded
- * by itself; after anything else, a full disk perhaps, everything is kept and
- * tried again.  Returns whether it went well.
+ * The same, and what follows an error: what cannot be recorded is found and recorded
+ * by itself, what cannot be claimed is found and blocked; after anything else, a full disk
+ * perhaps, everything is kept and tried again.  Returns whether it went well.
  */
 static bool
 take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
@@ -284,7 +337,8 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	Push	  **pushes = MemoryContextAlloc(claim_cxt, Max(n_results, 1) * sizeof(Push *));
 	int			n = 0;
 	int			n_recorded;
-	volatile int sqlstate = 0;
+	Platform   *alone = platform_alone();
+	ErrorData  *volatile error = NULL;
 	List	   *claimed = NIL;
 	ListCell   *lc;
 
@@ -294,28 +348,49 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	PG_TRY();
 	{
 		claimed = turn(pushes, &n_recorded, pusher, may_claim, next_due);
+		if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))
+			reaped_at = GetCurrentTimestamp();
 	}
 	PG_CATCH();
 	{
 		/* the process shall end */
-		if (ShutdownRequestPending || ProcDiePending)
+		if (ProcDiePending)
 			PG_RE_THROW();
-		sqlstate = geterrcode();
-		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE && !look_for_locks)
-			;					/* below */
-		else if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
+		MemoryContextSwitchTo(claim_cxt);
+		error = CopyErrorData();
+		if (step != RECORDING || redrive_is_outage(error->sqlerrcode))
 			EmitErrorReport();
 		FlushErrorState();
 		redrive_worker_abort();
 	}
 	PG_END_TRY();
-	if (sqlstate != 0)
+	MemoryContextSwitchTo(claim_cxt);
+	if (error != NULL)
 	{
-		MemoryContextSwitchTo(claim_cxt);
+		const int	sqlstate = error->sqlerrcode;
+
 		*next_due = 0;
-		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE && !look_for_locks)
-			return look_for_locks = true;
-		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION || n == 0)
+		if (redrive_is_outage(sqlstate) || step == REAPING)
+			return false;
+		if (step == CLAIMING)
+		{
+			/* somebody has cancelled it, or it was not the first time */
+			if (ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_OPERATOR_INTERVENTION)
+				return false;
+			if (alone != NULL)
+				block_alone(alone, error->message);
+			foreach(lc, platforms)
+				((Platform *) lfirst(lc))->alone = alone == NULL && ((Platform *) lfirst(lc))->more_due;
+			return true;
+		}
+		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		{
+			const bool	again = !look_for_locks;
+
+			look_for_locks = true;
+			return again;
+		}
+		if (n == 0)
 			return false;
 		redrive_record_apart(pushes, n, false, pushes_cxt);
 		/* nothing was claimed, and the platforms are still to be written */
@@ -327,6 +402,8 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		redrive_forget_pushes(pushes, n_recorded);
 		for (int i = n_recorded; i < n; i++)
 			redrive_hold_push(pushes[i], pushes_cxt);
+		if (alone != NULL)
+			alone->alone = false;
 	}
 	clear_results();
 	redrive_keep_claimed(claimed, pushes_cxt);
@@ -355,8 +432,12 @@ shut_down(int64 pusher)
 		ResetLatch(MyLatch);
 		drive();
 	}
-	take_held();
-	if (n_results > 0)
+
+	/*
+	 * the first time it may find that some are locked, and holds them the
+	 * second time
+	 */
+	for (int i = 0; n_results > 0 && i < 3; i++)
 		(void) take_turn(pusher, false, &ignored);
 }
 
@@ -375,7 +456,6 @@ redrive_pusher_main(Datum arg)
 	int64		pusher;
 	TimestampTz next_due = 0;	/* 0 = at once */
 	TimestampTz not_before = 0; /* after an error */
-	TimestampTz reaped_at = 0;
 	uint32		wait_event;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
@@ -402,20 +482,16 @@ redrive_pusher_main(Datum arg)
 		WaitEvent	events[3];
 		int			n;
 
+		/* a cancel is for a statement, and there is none now */
+		QueryCancelPending = false;
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload_settings();
 		prepare_http();
 
+		/* what nobody has told us of is found now and then */
 		if (TimestampDifferenceExceeds(reaped_at, now, TICK_MS))
-		{
-			redrive_worker_begin();
-			if (!OidIsValid(get_extension_oid("pg_redrive", true)))
-				proc_exit(0);
-			(void) redrive_reap_pushes(reaped_at == 0 ? pusher : 0);
-			redrive_worker_end();
-			reaped_at = now;
-		}
+			next_due = 0;
 		if (now >= redrive_held_until())
 			take_held();
 		flush = n_results >= FLUSH_RESULTS ||
@@ -424,6 +500,8 @@ redrive_pusher_main(Datum arg)
 		{
 			MemoryContextReset(claim_cxt);
 			MemoryContextSwitchTo(claim_cxt);
+			if (now >= next_due)
+				redrive_look_at_all(platforms);
 			if (!take_turn(pusher, redrive_enabled, &next_due))
 			{
 				not_before = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), AFTER_ERROR_MS);
@@ -449,11 +527,8 @@ redrive_pusher_main(Datum arg)
 			if (events[i].events & WL_LATCH_SET)
 			{
 				ResetLatch(MyLatch);
-				redrive_look_at_all(platforms);
 				next_due = 0;
 			}
-		if (n == 0 && now >= next_due)
-			redrive_look_at_all(platforms);
 		drive();
 	}
 	if (ShutdownRequestPending)

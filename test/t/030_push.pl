@@ -229,8 +229,8 @@ platform($node, $receiver, 'poisoned', '/json/%22%5Cu0000%22', "success_when => 
 $node->safe_psql('postgres', "SELECT count(redrive.record_task('poison ' || n, 'new')) FROM generate_series(1, 30) AS n");
 becomes('sound', 'delivered', 'beside answers that cannot be stored: delivered');
 is(push_of('sound', 'max(u.attempt_no)'), 1, '... at once');
-poll_until($node, "SELECT count(*) > 0 FROM redrive.push_attempts WHERE platform = 'poisoned' AND message = 'The answer cannot be read as JSON.'");
-is($node->safe_psql('postgres', "SELECT string_agg(DISTINCT platform, ' ') FROM redrive.push_attempts WHERE message = 'The answer cannot be read as JSON.'"), 'poisoned', 'only those are rejected');
+poll_until($node, "SELECT count(*) > 0 FROM redrive.push_attempts WHERE platform = 'poisoned' AND message = 'The answer cannot be judged by success_when.'");
+is($node->safe_psql('postgres', "SELECT string_agg(DISTINCT platform, ' ') FROM redrive.push_attempts WHERE message = 'The answer cannot be judged by success_when.'"), 'poisoned', 'only those are rejected');
 
 # A push is recorded by its number, whatever plan was made before there was any.
 #

@@ -1,0 +1,190 @@
+# What one task, one answer or one platform does wrong costs no other push anything, and the pusher lives on.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use PushTest;
+use RedriveTest;
+use Test::More;
+
+my $secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwAAAA';
+my $node = new_node('push_trouble');
+my $receiver = start_receiver($secret);
+my $pusher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'redrive pusher'";
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+sub status { return "FROM redrive.push_status WHERE platform = '$_[0]'"; }
+
+sub becomes
+{
+	my ($platform, $state, $name) = @_;
+
+	return ok(poll_until($node, "SELECT count(*) > 0 AND bool_and(state = '$state') " . status($platform)), $name)
+	  || diag(sql('SELECT state, attempts, error_class, message, count(*) ' . status($platform) . ' GROUP BY 1, 2, 3, 4'));
+}
+
+sub start_over
+{
+	sql('SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
+	return;
+}
+
+# Have the pusher take a breaker for open, and its time for over.
+sub half_open
+{
+	my ($platform) = @_;
+
+	sql("UPDATE redrive.platform_states SET breaker = 'open', opened_at = now() - interval '1 min', blocked_until = now() WHERE platform_id = (SELECT platform_id FROM redrive.platforms WHERE name = '$platform');
+		UPDATE redrive.platforms SET config_version = config_version + 1 WHERE name = '$platform'");
+	return;
+}
+
+platform($node, $receiver, 'good', '/ok', "method => 'GET'");
+sql("SELECT redrive.set_platform_secret('good', 'signing', '$secret'), redrive.record_task('first', 'new')");
+becomes('good', 'delivered', 'a push');
+my ($request) = received($receiver, '/ok');
+is($request->{signed}, JSON::PP::true(), 'a request without a body is signed as such');
+my $pid = sql($pusher);
+
+# Answers that success_when cannot judge, each for another reason.
+#
+# Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher; with redrive_is_outage() always true
+# (flow/push_held.c) nothing is pushed any more.
+my %answers = (
+	deep => [ '/deep/30000', '$.code == 0' ],
+	zone => [ '/json/%7B%22at%22%3A%222024-01-01%22%7D', '$.at.datetime() < "2024-01-01T00:00:00+00".datetime()' ],
+	long => [ '/deep/400', '$.**.**.**.**.x == 0' ]);
+foreach my $name (sort keys %answers)
+{
+	my ($path, $success) = @{ $answers{$name} };
+
+	platform($node, $receiver, $name, $path, "max_retries => 0, success_when => '$success'");
+	sql("SELECT redrive.record_task('$name', 'new')");
+	becomes($name, 'dead', "$name: the push is given up");
+	is(sql("SELECT DISTINCT error_class || ' ' || attempts " . status($name)), 'rejected 1', '... as rejected, after an attempt');
+	becomes('good', 'delivered', '... and others are delivered');
+	is(sql("SELECT max(attempts) " . status('good')), 1, '... at the first attempt');
+	sql("SELECT redrive.drop_platform('$name')");
+}
+is(sql($pusher), $pid, 'the pusher is the same');
+
+# Bodies that cannot be sent, or cannot even be made: here of bytes that are in no encoding.
+#
+# Seen red: with "alone = NULL" in take_turn() (proc/pusher.c) nothing is claimed any more.
+start_over();
+platform($node, $receiver, 'posted', '/posted');
+sql("SELECT redrive.record_task('large', 'new', jsonb_build_object('text', repeat('x', 1100000))), redrive.record_task('after', 'new')");
+ok(poll_until($node, "SELECT state = 'delivered' " . status('posted') . " AND task_key = 'after'"), 'beside a task that is too large another is delivered');
+is(sql("SELECT state || ' ' || error_class " . status('posted') . " AND task_key = 'large'"), 'blocked body', '... and that one blocked');
+is(sql("SELECT fact || ': ' || remedy FROM redrive.why_push('large', 'posted')"), 'blocked: Record the task again, with a payload that can be sent.', 'why');
+sql("SELECT redrive.record_task('large', 'less')");
+becomes('posted', 'delivered', '... until it is smaller');
+sql("CREATE DATABASE bytes ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0; CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+foreach my $db ('bytes', 'latin')
+{
+	$node->safe_psql($db, "CREATE EXTENSION pg_redrive; SELECT redrive.create_platform('posted', 'http://127.0.0.1:$receiver->{port}/$db', allow_http => true, allow_cidr => '{127.0.0.0/8}');
+		SELECT redrive.record_task('bad', convert_from('\\xe4', 'SQL_ASCII'))") if $db eq 'bytes';
+	$node->safe_psql($db, "CREATE EXTENSION pg_redrive; SELECT redrive.create_platform('posted', 'http://127.0.0.1:$receiver->{port}/$db', allow_http => true, allow_cidr => '{127.0.0.0/8}');
+		SELECT redrive.record_task('umlaut', chr(228))") if $db eq 'latin';
+}
+ok(poll_until($node, "SELECT state = 'blocked' AND error_class = 'body' FROM redrive.push_status", 't', dbname => 'bytes'), 'a body that cannot be made is blocked');
+$node->safe_psql('bytes', "SELECT redrive.record_task('good', 'new')");
+ok(poll_until($node, "SELECT state = 'delivered' FROM redrive.push_status WHERE task_key = 'good'", 't', dbname => 'bytes'), '... and another delivered');
+ok(poll_until($node, "SELECT state = 'delivered' FROM redrive.push_status", 't', dbname => 'latin'), 'in another encoding a body is delivered');
+like((received($receiver, '/latin'))[0]->{body}, qr/"status" : "\x{e4}"/, '... as UTF-8');
+sql("DROP DATABASE $_") foreach ('bytes', 'latin');
+start_over();
+
+# A cancel ends a statement, not the pusher.
+#
+# Seen red: without QueryCancelPending = false in redrive_pusher_main().
+platform($node, $receiver, 'slow', '/delay/0.5', 'max_retries => 0');
+sql("SELECT redrive.record_task('slow', 'new')");
+$pid = sql($pusher);
+ok(wait_for_request($receiver, '/delay/0.5', 1), 'a request is under way');
+sql("SELECT pg_cancel_backend(($pusher))");
+becomes('slow', 'delivered', '... and goes on although the pusher is cancelled');
+is(sql($pusher), $pid, 'the pusher is the same');
+start_over();
+
+# Nothing is kept of what was sent.
+#
+# Seen red: without MemoryContextSwitchTo(claim_cxt) after turn() (proc/pusher.c) 3 000 pushes leave 3 MB.
+platform($node, $receiver, 'many', '/many', 'max_in_flight => 64');
+sql("SELECT redrive.set_platform_secret('many', 'signing', '$secret')");
+my @top;
+foreach my $round (1 .. 2)
+{
+	sql("SELECT count(redrive.record_task('many ' || n, 'round $round')) FROM generate_series(1, 3000) AS n");
+	becomes('many', 'delivered', 'many pushes');
+	my $from = -s $node->logfile;
+	sql("SELECT pg_log_backend_memory_contexts(($pusher))");
+	$node->wait_for_log(qr/Grand total/, $from);
+	my ($size) = slurp_file($node->logfile, $from) =~ /TopMemoryContext: (\d+) total/;
+	push @top, $size;
+}
+cmp_ok($top[1] - $top[0], '<', 300_000, 'memory is given back');
+start_over();
+
+# While one platform has much to do, another gets its retries.
+#
+# Seen red: with redrive_look_at_all() only when nothing happens (proc/pusher.c).
+sql("CREATE ROLE other LOGIN; SELECT redrive.grant_user('other'); SET SESSION AUTHORIZATION other; SELECT redrive.create_platform('busy', 'http://127.0.0.1:$receiver->{port}/delay/0.02', allow_http => true, max_in_flight => 8);
+	RESET SESSION AUTHORIZATION; SELECT redrive.alter_platform('busy', allow_cidr => '{127.0.0.0/8}')");
+platform($node, $receiver, 'again', '/first/2', "retry_interval => '100 ms'");
+sql("SET SESSION AUTHORIZATION other; SELECT count(redrive.record_task('t' || n, 'new')) FROM generate_series(1, 1000) AS n; RESET SESSION AUTHORIZATION; SELECT redrive.record_task('again', 'new')");
+becomes('busy', 'delivered', 'the busy one has all');
+becomes('again', 'delivered', 'and the other too');
+my ($last_busy) = reverse received($receiver, '/delay/0.02');
+cmp_ok((received($receiver, '/first/2'))[2]->{at}, '<', $last_busy->{at}, '... which had its retries meanwhile');
+start_over();
+
+# An outage behind 200: success_when tells, the breaker learns.
+#
+# Seen red: with redrive_teach_platform() before the answer was judged.
+platform($node, $receiver, 'behind', '/json/%7B%22code%22%3A500%7D', "success_when => '\$.code == 0', retry_interval => '1 ms', max_retries => 50");
+sql("SELECT count(redrive.record_task('t' || n, 'new')) FROM generate_series(1, 30) AS n");
+ok(poll_until($node, "SELECT breaker = 'open' AND delivered = 0 FROM redrive.platform_health WHERE platform = 'behind'"), 'answers that are no success open the breaker');
+start_over();
+
+# A task that always fails, on a platform that is well: it is given up, and holds up nobody.
+#
+# Seen red: with push->charged = false for every probe in flow/push_result.c.
+platform($node, $receiver, 'picky', '/picky', "retry_interval => '1 ms', max_retries => 2");
+sql("SELECT redrive.record_task('good', 'new')");
+becomes('picky', 'delivered', 'a platform is well');
+my $bad = 'pending';
+foreach my $round (1 .. 10)
+{
+	half_open('picky');
+	sql("SELECT redrive.record_task('bad', 'new'), redrive.record_task('good', 'round $round')");
+	ok(poll_until($node, "SELECT pushed_status = 'round $round' " . status('picky') . " AND task_key = 'good'"), '... and stays so for others');
+	$bad = sql('SELECT state ' . status('picky') . " AND task_key = 'bad'");
+	last if $bad eq 'dead';
+}
+is($bad, 'dead', 'a task that fails always is given up');
+start_over();
+platform($node, $receiver, 'gone', '/status/404', "retry_interval => '1 ms', max_retries => 1");
+half_open('gone');
+sql("SELECT redrive.record_task('bad', 'new')");
+becomes('gone', 'dead', 'a probe that is answered 404 is an attempt like any other');
+is(scalar(received($receiver, '/status/404')), 2, '... of which there are as many as allowed');
+start_over();
+
+# Shutdown: what has been answered is recorded, although somebody has locked one push.
+#
+# Seen red: with an error thrown on in take_turn() while a shutdown is requested.
+platform($node, $receiver, 'last', '/delay/0.3', 'max_retries => 0');
+sql("SELECT redrive.record_task('held', 'first'), redrive.record_task('free', 'first')");
+ok(wait_for_request($receiver, '/delay/0.3', 2), 'two requests are under way');
+sql("BEGIN; SELECT redrive.record_task('held', 'second'); PREPARE TRANSACTION 'held'");
+$node->stop('fast');
+$node->start;
+is(sql("SELECT state || ' ' || attempts " . status('last') . " AND task_key = 'free'"), 'delivered 1', 'a push that was answered at shutdown is recorded');
+sql("COMMIT PREPARED 'held'");
+ok(poll_until($node, "SELECT bool_and(state = 'delivered') AND count(*) = 2 " . status('last')), 'and the other goes on');
+
+$node->stop;
+stop_receiver($receiver);
+done_testing();
