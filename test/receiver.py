@@ -9,11 +9,15 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /bytes  /redirect
     /deep/N (N arrays in each other)  /picky (500 to the task "bad")
+    /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
-import asyncio, base64, hashlib, hmac, json, os, socket, ssl, struct, sys, time, urllib.parse
+import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
 
 directory, secret, certificate = (sys.argv[1:] + [None, None])[:3]
 seen = {}
+rolls = {}
+CHAOS = ["/ok", "/ok", "/ok", "/status/500", "/status/404", "/status/302", "/status/401", "/retry-after/429/1", "/retry-after/503/1", "/json/nonsense",
+         "/delay/0.05", "/delay/5", "/drip", "/reset", "/close", "/huge", "/headers", "/bytes", "/deep/30000"]
 log = open(os.path.join(directory, "requests"), "a", buffering=1)
 
 
@@ -35,6 +39,10 @@ async def behave(path, number, body, reader, writer):
     word, *rest = path.strip("/").split("/")
     if os.path.exists(os.path.join(directory, "down")):
         await answer(writer, 500)
+    elif word == "chaos":
+        rolls.setdefault(rest[0], random.Random(rest[0]))
+        chaos = os.path.exists(os.path.join(directory, "chaos"))
+        await behave(rolls[rest[0]].choice(CHAOS) if chaos else "/ok", number, body, reader, writer)
     elif word == "status":
         await answer(writer, int(rest[0]))
     elif word == "retry-after":

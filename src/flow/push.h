@@ -156,13 +156,17 @@ extern void redrive_forget_pushes(Push **pushes, int n);
 extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);
 
 /* push_held.c */
+extern void redrive_add_result(Push *push);
+extern TimestampTz redrive_results_due(TimestampTz now);
+extern Push **redrive_results(int *n);
+extern void redrive_clear_results(List *platforms);
 extern int	redrive_put_locked_last(Push **pushes, int n);
 extern void redrive_limit_lock_wait(void);
 extern void redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt);
 extern bool redrive_is_outage(int sqlstate);
 extern void redrive_hold_push(Push *push, MemoryContext cxt);
 extern TimestampTz redrive_held_until(void);
-extern Push *redrive_take_held(void);
+extern void redrive_take_held(void);
 
 /* push_result.c */
 extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);

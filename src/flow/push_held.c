@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * push_held.c
- *	  Results of pushes that somebody else has locked.
+ *	  Results of pushes: those to be recorded, and those that somebody has locked.
  *
  * An application that records a new status of a task keeps the task's pushes
  * locked until its transaction ends.  Who waited for that would hold up all
@@ -25,8 +25,78 @@
 #define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 #define HELD_MS 200				/* time to the next try */
 
+#define FLUSH_RESULTS 256		/* record when there are so many */
+#define FLUSH_US 10000			/* or the oldest has waited so long */
+
+static Push *results = NULL;	/* to be recorded, the oldest first */
+static Push **last_result = &results;
+static int	n_results = 0;
+static TimestampTz first_result_at;
+static bool half_ended = false; /* of what a platform had under way */
 static Push *held = NULL;
 static TimestampTz held_until = DT_NOEND;
+
+static void
+append_result(Push *push)
+{
+	if (n_results++ == 0)
+		first_result_at = GetCurrentTimestamp();
+	push->next = NULL;
+	*last_result = push;
+	last_result = &push->next;
+}
+
+/*
+ * A push has ended and is to be recorded.
+ *
+ * Those of each platform are counted: it need not wait for what others have under
+ * way.
+ */
+void
+redrive_add_result(Push *push)
+{
+	Platform   *p = push->platform;
+
+	append_result(push);
+	p->in_flight--;
+	p->ended++;
+	half_ended |= p->ended >= p->in_flight;
+}
+
+/* When to record what there is; DT_NOEND = there is nothing. */
+TimestampTz
+redrive_results_due(TimestampTz now)
+{
+	if (n_results == 0)
+		return DT_NOEND;
+	return n_results >= FLUSH_RESULTS || half_ended ? now : first_result_at + FLUSH_US;
+}
+
+/* Return what is to be recorded, in the current context. */
+Push **
+redrive_results(int *n)
+{
+	Push	  **pushes = palloc(Max(n_results, 1) * sizeof(Push *));
+
+	*n = 0;
+	for (Push *push = results; push != NULL; push = push->next)
+		pushes[(*n)++] = push;
+	return pushes;
+}
+
+/* All of it has been recorded, or is held. */
+void
+redrive_clear_results(List *platforms)
+{
+	ListCell   *lc;
+
+	results = NULL;
+	last_result = &results;
+	n_results = 0;
+	half_ended = false;
+	foreach(lc, platforms)
+		((Platform *) lfirst(lc))->ended = 0;
+}
 
 /* Lock those that are free; return the others, if they are still ours. */
 static RedriveSql locked_pushes = {
@@ -179,15 +249,16 @@ redrive_held_until(void)
 	return held_until;
 }
 
-/* Take one of those that are held; NULL = there are no more. */
-Push *
+/* Try to record again what was held. */
+void
 redrive_take_held(void)
 {
-	Push	   *push = held;
+	while (held != NULL)
+	{
+		Push	   *push = held;
 
-	if (push != NULL)
 		held = push->next;
-	if (held == NULL)
-		held_until = DT_NOEND;
-	return push;
+		append_result(push);
+	}
+	held_until = DT_NOEND;
 }

@@ -36,8 +36,6 @@
 #include "proc/pusher.h"
 
 #define TICK_MS 30000
-#define FLUSH_RESULTS 256		/* record when there are so many */
-#define FLUSH_MS 10				/* or the oldest has waited so long */
 #define GRACE_MS 500			/* for what is under way at shutdown */
 #define AFTER_ERROR_MS 1000
 
@@ -53,11 +51,6 @@ static int	http_room;
 static WaitEventSet *wait_set;
 static List *platforms = NIL;
 static int64 platforms_version = -1;
-static Push *results = NULL;	/* to be recorded, the oldest first */
-static Push **last_result = &results;
-static int	n_results = 0;
-static TimestampTz first_result_at;
-static bool half_ended = false; /* of what a platform had under way */
 static bool look_for_locks = false; /* others have locked what we record */
 static TimestampTz reaped_at = 0;	/* also of the last look at everything */
 static enum
@@ -96,38 +89,6 @@ prepare_http(void)
 	AddWaitEventToSet(wait_set, WL_SOCKET_READABLE, redrive_http_fd(http), NULL, NULL);
 }
 
-static void
-append_result(Push *push)
-{
-	if (n_results++ == 0)
-		first_result_at = GetCurrentTimestamp();
-	push->next = NULL;
-	*last_result = push;
-	last_result = &push->next;
-}
-
-/* Those of each platform are counted: it need not wait for what others have under way. */
-static void
-add_result(Push *push)
-{
-	Platform   *p = push->platform;
-
-	append_result(push);
-	p->in_flight--;
-	p->ended++;
-	half_ended |= p->ended >= p->in_flight;
-}
-
-/* Try to record again what was locked. */
-static void
-take_held(void)
-{
-	Push	   *push;
-
-	while ((push = redrive_take_held()) != NULL)
-		append_result(push);
-}
-
 /* Nothing was sent: as if it had not been claimed. */
 static void
 give_back(void *arg)
@@ -136,7 +97,7 @@ give_back(void *arg)
 
 	push->given_back = true;
 	push->finished_at = GetCurrentTimestamp();
-	add_result(push);
+	redrive_add_result(push);
 }
 
 /* Let requests go on, and take what has ended. */
@@ -153,7 +114,7 @@ drive(void)
 
 		redrive_judge_push(push, &result);
 		redrive_http_free_result(&result);
-		add_result(push);
+		redrive_add_result(push);
 	}
 	MemoryContextSwitchTo(old_cxt);
 }
@@ -167,7 +128,7 @@ refuse_body(Push *push)
 	push->blocked = true;
 	push->taught = true;
 	push->finished_at = GetCurrentTimestamp();
-	add_result(push);
+	redrive_add_result(push);
 }
 
 /* Send what was claimed; what there is no room for is given back. */
@@ -219,21 +180,6 @@ send_push(Claimed *claimed)
 		give_back(push);
 	}
 	headers[p->n_headers] = NULL;
-}
-
-/* Forget all results: those that are recorded were forgotten one by one, the others are held. */
-static void
-clear_results(void)
-{
-	ListCell   *lc;
-
-	results = NULL;
-	last_result = &results;
-	n_results = 0;
-	half_ended = false;
-	foreach(lc, platforms)
-		((Platform *) lfirst(lc))->ended = 0;
-	MemoryContextReset(results_cxt);
 }
 
 /* What the breakers have learned has been written down. */
@@ -334,17 +280,14 @@ block_alone(Platform *platform, const char *message)
 static bool
 take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 {
-	Push	  **pushes = MemoryContextAlloc(claim_cxt, Max(n_results, 1) * sizeof(Push *));
-	int			n = 0;
-	int			n_recorded;
+	int			n;
+	Push	  **pushes = redrive_results(&n);
+	int			n_recorded = n;
 	Platform   *alone = platform_alone();
 	ErrorData  *volatile error = NULL;
 	List	   *claimed = NIL;
 	ListCell   *lc;
 
-	for (Push *push = results; push != NULL; push = push->next)
-		pushes[n++] = push;
-	n_recorded = n;
 	PG_TRY();
 	{
 		claimed = turn(pushes, &n_recorded, pusher, may_claim, next_due);
@@ -405,7 +348,8 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		if (alone != NULL)
 			alone->alone = false;
 	}
-	clear_results();
+	redrive_clear_results(platforms);
+	MemoryContextReset(results_cxt);
 	redrive_keep_claimed(claimed, pushes_cxt);
 	/* signing wants an owner for what the cryptographic library allocates */
 	CurrentResourceOwner = sending_owner;
@@ -437,7 +381,8 @@ shut_down(int64 pusher)
 	 * the first time it may find that some are locked, and holds them the
 	 * second time
 	 */
-	for (int i = 0; n_results > 0 && i < 3; i++)
+	redrive_take_held();
+	for (int i = 0; redrive_results_due(0) != DT_NOEND && i < 3; i++)
 		(void) take_turn(pusher, false, &ignored);
 }
 
@@ -478,7 +423,6 @@ redrive_pusher_main(Datum arg)
 	{
 		TimestampTz now = GetCurrentTimestamp();
 		long		sleep_ms;
-		bool		flush;
 		WaitEvent	events[3];
 		int			n;
 
@@ -493,10 +437,8 @@ redrive_pusher_main(Datum arg)
 		if (TimestampDifferenceExceeds(reaped_at, now, TICK_MS))
 			next_due = 0;
 		if (now >= redrive_held_until())
-			take_held();
-		flush = n_results >= FLUSH_RESULTS ||
-			(n_results > 0 && (half_ended || TimestampDifferenceExceeds(first_result_at, now, FLUSH_MS)));
-		if (now >= not_before && (flush || (redrive_enabled && now >= next_due)))
+			redrive_take_held();
+		if (now >= not_before && (now >= redrive_results_due(now) || (redrive_enabled && now >= next_due)))
 		{
 			MemoryContextReset(claim_cxt);
 			MemoryContextSwitchTo(claim_cxt);
@@ -508,7 +450,7 @@ redrive_pusher_main(Datum arg)
 				next_due = not_before;
 			}
 			MemoryContextSwitchTo(TopMemoryContext);
-			if (platforms == NIL && n_results == 0 && redrive_held_until() == DT_NOEND && platforms_version >= 0)
+			if (platforms == NIL && redrive_results_due(now) == DT_NOEND && redrive_held_until() == DT_NOEND && platforms_version >= 0)
 				break;			/* there is nothing to push to */
 		}
 
@@ -520,8 +462,8 @@ redrive_pusher_main(Datum arg)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, next_due));
 		if (redrive_held_until() != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, redrive_held_until()));
-		if (n_results > 0)
-			sleep_ms = Min(sleep_ms, Max(FLUSH_MS, TimestampDifferenceMilliseconds(now, not_before)));
+		if (redrive_results_due(now) != DT_NOEND)
+			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, Max(redrive_results_due(now), not_before)));
 		n = WaitEventSetWait(wait_set, sleep_ms, events, lengthof(events), wait_event);
 		for (int i = 0; i < n; i++)
 			if (events[i].events & WL_LATCH_SET)

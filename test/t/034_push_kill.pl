@@ -17,7 +17,7 @@ use Test::More;
 
 my @seeds = defined $ENV{REDRIVE_SEED} ? ($ENV{REDRIVE_SEED}) : (1 .. ($ENV{REDRIVE_SEEDS} || 5));
 my $tasks = 150;
-my $retries = 3;
+our $retries = 3;
 my $receiver = start_receiver();
 my @faults = (
 	[ 'KILL', 'pusher' ], [ 'KILL', 'pusher' ], [ 'KILL', 'postmaster' ], [ 'stop', 'fast' ], [ 'stop', 'immediate' ],
@@ -118,6 +118,29 @@ sub run_seed
 }
 
 run_seed($_) foreach @seeds;
+
+# Whatever a platform does, when it is well again it gets the latest status of each task.
+$node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
+append_to_file("$receiver->{dir}/chaos", '');
+my @chaos = map { "/chaos/$_" } @seeds;
+platform($node, $receiver, $_, $_, "retry_interval => '1 ms', max_retries => 1000, timeout => '300 ms', connect_timeout => '300 ms'") foreach @chaos;
+my $version = 0;
+foreach my $round (1 .. 8)
+{
+	record_tasks($node, ++$version);
+	$node->safe_psql('postgres', 'SELECT redrive.resume_platform(name) FROM redrive.platforms');    # does not wait for its breaker
+	ok(wait_for_request($receiver, qr{/chaos/}, 5 * @seeds * $round), "a platform goes mad, version $version");
+}
+unlink("$receiver->{dir}/chaos");
+ok( poll_until($node,
+		"SELECT count(redrive.resume_platform(p.name)) FILTER (WHERE s.breaker <> 'closed') * 0 + (SELECT count(*) FROM redrive.pushes AS u JOIN redrive.tasks AS t USING (task_id) WHERE u.state <> 'delivered' OR u.pushed_version <> t.version)
+		 FROM redrive.platforms AS p JOIN redrive.platform_states AS s USING (platform_id)", '0'),
+	'it is well again, and everything is delivered');
+{
+	local $retries = 1000;
+
+	is(problems($version, @chaos), '', '... as it shall be');
+}
 
 # A standby is promoted while pushes are under way; the primary was killed.
 $node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
