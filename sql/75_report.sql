@@ -23,7 +23,7 @@ BEGIN
             xmlelement(NAME tbody, (
                 SELECT xmlagg(xmlelement(NAME tr, (
                         SELECT xmlagg(CASE
-                                WHEN json_typeof(c.value) = 'null' OR c.value #>> '{}' = '' THEN xmlelement(NAME td, '–')
+                                WHEN json_typeof(c.value) = 'null' OR c.value #>> '{}' = '' THEN xmlelement(NAME td, xmlparse(CONTENT '&#8211;'))
                                 WHEN c.key = 'progress' THEN xmlelement(NAME td,
                                     xmlelement(NAME progress, xmlattributes(100 AS max, c.value #>> '{}' AS value, 'progress' AS "aria-label"), c.value #>> '{}'),
                                     ' ' || (c.value #>> '{}') || ' %')

@@ -115,3 +115,22 @@ SELECT redrive.drop_handler('<b>"handler" & co</b>');
 DROP FUNCTION hostile(jsonb);
 SELECT redrive.revoke_user('regress_report_owner'), redrive.revoke_user('regress_report_other'), redrive.revoke_user('regress_report_monitor');
 DROP ROLE regress_report_owner, regress_report_other, regress_report_monitor;
+
+-- Databases of other encodings: the script is ASCII, and so is what the page has besides the words of users.
+SELECT current_database() AS home \gset
+CREATE DATABASE regress_report_cn ENCODING 'EUC_CN' TEMPLATE template0;
+\c regress_report_cn
+SET client_min_messages = warning;
+CREATE EXTENSION pg_redrive;
+SELECT redrive.report_html() ~ '[^[:ascii:]]' AS other;
+CREATE DATABASE regress_report_latin ENCODING 'LATIN1' TEMPLATE template0;
+\c regress_report_latin
+SET client_encoding = 'UTF8';
+SET client_min_messages = warning;
+CREATE EXTENSION pg_redrive;
+CREATE FUNCTION nothing(payload jsonb) RETURNS void LANGUAGE sql AS '';
+SELECT redrive.create_handler('Prüfung <é>', 'nothing');
+SELECT (regexp_matches(redrive.report_html(), '<td>(Pr[^/]*)</td>'))[1] AS handler, redrive.report_html() ~ '[^[:ascii:]üé]' AS other;
+\c :home
+DROP DATABASE regress_report_cn;
+DROP DATABASE regress_report_latin;
