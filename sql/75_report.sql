@@ -108,12 +108,12 @@ LANGUAGE sql IMMUTABLE AS $$
         $4)
 $$;
 
--- Up to 48 parts of the time, at round moments.
+-- Up to 48 parts of the time, at round moments; in hours, for a day may have 23 or 25.
 CREATE FUNCTION redrive._report_parts(p_since interval, OUT part interval, OUT first timestamptz, OUT unit text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT x.b, date_bin(x.b, now() - $1, date_trunc('day', now())), 'per ' || x.n
     FROM (VALUES (interval '1 min', 'minute'), ('5 min', '5 minutes'), ('15 min', '15 minutes'), ('30 min', '30 minutes'), ('1 hour', 'hour'),
-        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('1 day', 'day'), ('7 days', 'week'), ('30 days', '30 days'), ('365 days', '365 days')) AS x (b, n)
+        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('24 hours', 'day'), ('168 hours', 'week'), ('720 hours', '30 days'), ('8760 hours', '365 days')) AS x (b, n)
     WHERE x.b * 48 >= $1 OR x.b >= interval '365 days'
     ORDER BY x.b LIMIT 1
 $$;

@@ -106,6 +106,17 @@ SELECT fails($$SELECT redrive.report_html(NULL)$$);
 SELECT fails($$SELECT redrive.report_html('1 s')$$);
 SELECT fails($$SELECT redrive.report_html('-1 day')$$);
 
+-- A chart has everything of its time, days of 23 and 25 hours or not.
+SET timezone = 'Europe/Berlin';
+INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, done, succeeded, folded, claimed_at, progress_at, finished_at)
+SELECT 0, (SELECT handler_id FROM redrive.handlers), 0, 1, 'first', 'done', 1, 1, 1, 1, 1, 1, true, t, t, t
+FROM (SELECT now() - n * interval '24 h' AS t FROM generate_series(1, 700) AS n) AS x;
+SELECT s AS since, (SELECT sum(n::text::numeric) FROM unnest(xpath('//section[@id="throughput"]//tbody//td[@class="n"][1]/text()', body(s))) AS x (n))
+        - (SELECT sum(succeeded) FROM redrive._ended WHERE finished_at >= (SELECT first FROM redrive._report_parts(s))) AS lacks
+FROM unnest(ARRAY['8 days', '40 days', '300 days', '600 days', '2 years']::interval[]) AS s;
+DELETE FROM redrive.chunks WHERE batch_id = 0;
+RESET timezone;
+
 -- One page: nothing comes from elsewhere.
 SELECT redrive.report_html() ~ '(src|href)=|@import|url\(' AS loads, redrive.report_html() ~ '^<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">' AS starts, redrive.report_html() ~ '</body></html>$' AS ends;
 
