@@ -10,3 +10,4 @@ DROP FUNCTION redrive._fold_ended();
 DROP INDEX redrive.chunks_finished_idx;
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
 DROP FUNCTION redrive._take_work(redrive.handlers, bigint, interval, text);
+DROP FUNCTION redrive._report_table(text, text);
