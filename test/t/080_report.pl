@@ -40,7 +40,6 @@ SELECT r.part, push_id, 1, platform_id, 1, now(), now() - push_id * interval '10
 SQL
 ok( poll_until($node, "SELECT succeeded = 48 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
 
-# as the documentation has it
 my $dir = PostgreSQL::Test::Utils::tempdir;
 my $page = $node->safe_psql('postgres', 'SELECT redrive.report_html()');
 ok(index($page, 'wide' x 50) > 0, 'the message of the user is in it');
