@@ -183,8 +183,9 @@ BEGIN
 END
 $$;
 
+-- Without JIT, which takes longer to compile its many queries than they run.
 CREATE FUNCTION redrive.report_html(since interval DEFAULT '24 h') RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     v_body xml;
     v_tiles xml;
@@ -257,7 +258,7 @@ BEGIN
                     count(*) FILTER (WHERE f.next_attempt_at > now() + interval '5 min' AND f.next_attempt_at <= now() + interval '1 hour') AS "in an hour",
                     count(*) FILTER (WHERE f.next_attempt_at > now() + interval '1 hour') AS "later", count(*) FILTER (WHERE f.next_attempt_at IS NULL) AS "for the pass", count(*) AS total,
                     to_char(min(f.next_attempt_at), 'YYYY-MM-DD HH24:MI:SS') AS "next"
-                FROM redrive.failed_items AS f WHERE f.state = 'waiting' GROUP BY f.handler ORDER BY f.handler$q$, 'No item waits for a retry.'),
+                FROM redrive._waiting AS f GROUP BY f.handler ORDER BY f.handler$q$, 'No item waits for a retry.'),
             redrive._report_table('stale', 'Stale batches', '',
                 $q$SELECT s.batch_id::text AS batch, s.handler, s.reason, to_char(s.since, 'YYYY-MM-DD HH24:MI:SS') AS since, s.action AS "what is done"
                 FROM redrive.stale_batches AS s ORDER BY s.since, s.batch_id LIMIT 100$q$, 'No batch is stale.'),

@@ -492,6 +492,7 @@ COMMENT ON FUNCTION redrive._take_work IS 'Take some work of a handler for an ex
 COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an external worker settled';
 
 COMMENT ON VIEW redrive._ended IS 'Chunks that have ended, with their counts';
+COMMENT ON VIEW redrive._waiting IS 'Retries that wait, as the report counts them';
 COMMENT ON VIEW redrive._pushed IS 'Attempts to push, as the report counts them';
 COMMENT ON FUNCTION redrive._report_table IS 'The rows of a query as a table of the report';
 COMMENT ON FUNCTION redrive._report_number IS 'A number as people read it';

@@ -43,7 +43,7 @@ BEGIN
         FROM pg_class AS c
         WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind = 'v'
           -- what the functions stale_batches_at(), verify() and report_html() read
-          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify', '_ended', '_pushed'))
+          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify', '_ended', '_pushed', '_waiting'))
         ORDER BY c.relname
     LOOP
         EXECUTE format('GRANT SELECT ON %s TO %I', v_name, role);
