@@ -56,6 +56,7 @@ FROM (SELECT replace(body()::text, ' xmlns="http://www.w3.org/2000/svg"', '')::x
 SELECT string_agg(round(h / 0.5 / first_value)::text, ', ') AS proportions
 FROM (SELECT h::text::numeric, first_value(h::text::numeric) OVER () FROM unnest(xpath('//section[@id="throughput"]//*[local-name()="rect"]/@height', body())) AS x (h)) AS y;
 SELECT xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="end"]/text()', body())::text AS scale;
+SELECT xpath('//section[@id="failures"]//tbody//td[@class="n"]/text()', body())::text = (SELECT ARRAY[sum(ignored), sum(failed), sum(to_retry)]::text FROM redrive.throughput) AS failures;
 
 -- Claims of workers outside.
 SELECT redrive.create_handler('<i>outside</i>', kind => 'external');
@@ -143,6 +144,15 @@ FROM (SELECT now() - n * interval '24 h' AS t FROM generate_series(1, 700) AS n)
 SELECT s AS since, (SELECT sum(n::text::numeric) FROM unnest(xpath('//section[@id="throughput"]//tbody//td[@class="n"][1]/text()', body(s))) AS x (n))
         - (SELECT sum(succeeded) FROM redrive._ended WHERE finished_at >= (SELECT first FROM redrive._report_parts(s))) AS lacks
 FROM unnest(ARRAY['8 days', '40 days', '300 days', '600 days', '2 years']::interval[]) AS s;
+-- Each part has what ended in it, and its time below it.
+SELECT count(*) > 30 AS parts, count(*) FILTER (WHERE c IS DISTINCT FROM to_char(e.at, 'YYYY-MM-DD HH24:MI') || '|' || e.n || '|0|0|0') AS wrong
+FROM (SELECT c, row_number() OVER () AS place FROM cells(body('40 days'), 'throughput') AS c) AS r
+FULL JOIN (
+    SELECT t.at, count(*) AS n, row_number() OVER (ORDER BY t.at) AS place
+    FROM (SELECT generate_series(first, now(), part) AS at, part FROM redrive._report_parts('40 days')) AS t
+    JOIN redrive.chunks AS c ON c.finished_at >= t.at AND c.finished_at < t.at + t.part AND c.batch_id = 0
+    GROUP BY t.at) AS e USING (place)
+WHERE e.at < date_trunc('day', now());
 SELECT s AS since, regexp_replace((xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="middle"]/text()', body(s)))[1]::text, '\d', 'N', 'g') AS label
 FROM unnest(ARRAY['1 day', '2 days', '300 days', '2 years']::interval[]) AS s;
 DELETE FROM redrive.chunks WHERE batch_id = 0;
