@@ -75,6 +75,8 @@ RESET SESSION AUTHORIZATION;
 
 -- A column is one of numbers if any of its rows has one.
 SELECT redrive._report_table('x', '<X>', '', $$SELECT NULL::int AS n, 'a' AS t UNION ALL SELECT 1234, 'b' ORDER BY t$$, '');
+-- Characters that XML does not have are in messages, too.
+SELECT redrive._report_table('x', 'X', '', $$SELECT E'\x01\x1b[31m<' AS c$$, '')::text ~ E'<td>\x01\x1b\\[31m&lt;</td>' AS kept;
 -- The tables of what goes wrong.
 BEGIN;
 UPDATE redrive.batches SET last_progress_at = x.t, run_at = x.t, serve_after = x.t, created_at = x.t, sealed_at = x.t FROM (SELECT now() - interval '2 days' AS t) AS x WHERE label = 'not yet';
