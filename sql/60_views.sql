@@ -101,6 +101,13 @@ FROM redrive.failures AS f
 JOIN redrive.batches AS b ON b.batch_id = f.batch_id AND b.part = f.part
 JOIN redrive._visible AS v ON v.handler_id = b.handler_id;
 
+-- For the report: a condition on the state of failed_items, outside, would look at all of them.
+CREATE VIEW redrive._waiting WITH (security_barrier) AS
+SELECT v.name AS handler, f.next_attempt_at
+FROM redrive.failures AS f
+JOIN redrive._visible AS v ON v.handler_id = f.handler_id
+WHERE f.state = 'waiting';
+
 CREATE VIEW redrive.crashed_items WITH (security_barrier) AS
 SELECT x.batch_id, x.item_no, v.name AS handler, x.crash_count, x.first_crashed_at, x.last_crashed_at
 FROM redrive.crashes AS x

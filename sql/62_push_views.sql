@@ -125,7 +125,9 @@ BEGIN
         IF p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind) THEN
             RETURN QUERY SELECT 'secrets are missing', 'Dumps do not have them.', format('SELECT redrive.set_platform_secret(%L, ...);', p.name);
         END IF;
-        IF NOT redrive._preloaded() THEN
+        IF pg_is_in_recovery() THEN
+            RETURN QUERY SELECT 'standby', 'This server is a standby, the pusher runs on the primary only.', 'Ask the primary.';
+        ELSIF NOT redrive._preloaded() THEN
             RETURN QUERY SELECT 'there are no workers', 'pg_redrive is not in shared_preload_libraries.', 'Add it and restart the server.';
         ELSIF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
             RETURN QUERY SELECT 'redrive.enabled is off', 'Nothing is pushed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();';

@@ -53,14 +53,16 @@ BEGIN
         RETURN QUERY
         SELECT 'error', format('Executors of role %s end as soon as they are started.', o::regrole), 'look in the server log for their error'
         FROM unnest(w.held_back) AS o;
-        -- launcher, supervisors, executors; pg_cron and the three passes; logical replication launcher; a parallel query
+        -- launcher, supervisors, executors; pushers, here and elsewhere; pg_cron and the passes; logical replication launcher; a parallel query
         v_wanted := 1 + greatest(w.databases, 1) + current_setting('redrive.max_workers')::int
+            + (EXISTS (SELECT FROM redrive.platforms))::int
+            + (SELECT count(*) FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname <> current_database())
             + redrive._cron_processes()
             + (current_setting('max_logical_replication_workers')::int > 0)::int
             + least(current_setting('max_parallel_workers_per_gather')::int, current_setting('max_parallel_workers')::int);
         IF v_wanted > current_setting('max_worker_processes')::int THEN
             RETURN QUERY VALUES ('warning',
-                format('max_worker_processes is %s, and %s may be wanted: launcher, supervisors of %s databases, redrive.max_workers = %s, pg_cron, replication and a parallel query.',
+                format('max_worker_processes is %s, and %s may be wanted: launcher, supervisors of %s databases, their pushers, redrive.max_workers = %s, pg_cron, replication and a parallel query.',
                     current_setting('max_worker_processes'), v_wanted, greatest(w.databases, 1), current_setting('redrive.max_workers')),
                 format('ALTER SYSTEM SET max_worker_processes = %s; and restart the server', greatest(16, v_wanted)));
         END IF;
@@ -228,6 +230,11 @@ LANGUAGE sql STABLE AS $$
     WHERE u.state = 'dead'
     GROUP BY p.name
     UNION ALL
+    SELECT 'warning', format('%s pushes to platform "%s" are blocked.', count(*), p.name), format('SELECT message FROM redrive.push_status WHERE platform = %1$L AND state = ''blocked''; then SELECT redrive.alter_platform(%1$L, ...);', p.name)
+    FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
+    WHERE u.state = 'blocked'
+    GROUP BY p.name
+    UNION ALL
     SELECT 'error', format('%s pushes have been under way for longer than their lease.', count(*)), 'CALL redrive.run_pass(''push_tasks''); and look whether a process "redrive pusher" is in pg_stat_activity'
     FROM redrive._in_flight AS f
     WHERE f.lease_until < p_as_of - interval '1 min'
@@ -235,6 +242,7 @@ LANGUAGE sql STABLE AS $$
     UNION ALL
     SELECT 'error', 'There are platforms, but the pusher is not running.', 'look in the server log for its errors; it takes one of max_worker_processes'
     WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE NOT p.paused) AND redrive._preloaded() AND coalesce(current_setting('redrive.enabled', true), 'on')::boolean
+      AND NOT pg_is_in_recovery()
       AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database())
 $$;
 

@@ -4,34 +4,38 @@
 -- Elements are made by the server's XML functions, which escape whatever users
 -- wrote; plain text are only the head and the style sheet below.
 
--- A list of rows as a table.  p_query names its columns as they shall read; a
--- column "progress" holds a percentage and becomes a bar, NULL a dash.
-CREATE FUNCTION redrive._report_table(p_query text, p_empty text) RETURNS xml
+-- A part of the page that is a list of rows.  p_query names its columns as they
+-- shall read; a column "progress" holds a percentage and becomes a bar, NULL a dash.
+CREATE FUNCTION redrive._report_table(p_id text, p_title text, p_note text, p_query text, p_empty text) RETURNS xml
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_rows json;
+    v_numbers text[];
 BEGIN
     EXECUTE format('SELECT json_agg(q) FROM (%s) AS q', p_query) INTO v_rows;
     IF v_rows IS NULL THEN
-        RETURN xmlelement(NAME p, xmlattributes('empty' AS class), p_empty);
+        RETURN redrive._report_section(p_id, p_title, p_note, xmlelement(NAME p, xmlattributes('empty' AS class), p_empty));
     END IF;
-    RETURN xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Table, can be scrolled' AS "aria-label"),
-        xmlelement(NAME table,
-            xmlelement(NAME thead, xmlelement(NAME tr, (
-                SELECT xmlagg(xmlelement(NAME th, xmlattributes('col' AS scope, CASE json_typeof(h.value) WHEN 'number' THEN 'n' END AS class), h.key) ORDER BY h.place)
-                FROM json_each(v_rows -> 0) WITH ORDINALITY AS h (key, value, place)))),
-            xmlelement(NAME tbody, (
-                SELECT xmlagg(xmlelement(NAME tr, (
-                        SELECT xmlagg(CASE
-                                WHEN json_typeof(c.value) = 'null' OR c.value #>> '{}' = '' THEN xmlelement(NAME td, '–')
-                                WHEN c.key = 'progress' THEN xmlelement(NAME td,
-                                    xmlelement(NAME progress, xmlattributes(100 AS max, c.value #>> '{}' AS value, 'progress' AS "aria-label"), c.value #>> '{}'),
-                                    ' ' || (c.value #>> '{}') || ' %')
-                                WHEN json_typeof(c.value) = 'number' THEN xmlelement(NAME td, xmlattributes('n' AS class), redrive._report_number((c.value #>> '{}')::numeric))
-                                ELSE xmlelement(NAME td, xmlattributes(CASE WHEN length(c.value #>> '{}') > 30 THEN 'long' END AS class), c.value #>> '{}')
-                            END ORDER BY c.place)
-                        FROM json_each(r.value) WITH ORDINALITY AS c (key, value, place))) ORDER BY r.place)
-                FROM json_array_elements(v_rows) WITH ORDINALITY AS r (value, place)))));
+    v_numbers := ARRAY(SELECT DISTINCT c.key FROM json_array_elements(v_rows) AS r CROSS JOIN json_each(r) AS c WHERE json_typeof(c.value) = 'number' AND c.key <> 'progress');
+    RETURN redrive._report_section(p_id, p_title, p_note,
+        xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Table: ' || p_title AS "aria-label"),
+            xmlelement(NAME table,
+                xmlelement(NAME thead, xmlelement(NAME tr, (
+                    SELECT xmlagg(xmlelement(NAME th, xmlattributes('col' AS scope, CASE WHEN h.key = ANY (v_numbers) THEN 'n' END AS class), h.key) ORDER BY h.place)
+                    FROM json_each(v_rows -> 0) WITH ORDINALITY AS h (key, value, place)))),
+                xmlelement(NAME tbody, (
+                    SELECT xmlagg(xmlelement(NAME tr, (
+                            SELECT xmlagg(CASE
+                                    WHEN json_typeof(c.value) = 'null' OR c.value #>> '{}' = '' THEN
+                                        xmlelement(NAME td, xmlattributes(CASE WHEN c.key = ANY (v_numbers) THEN 'n' END AS class), xmlparse(CONTENT '&#8211;'))
+                                    WHEN c.key = 'progress' THEN xmlelement(NAME td,
+                                        xmlelement(NAME progress, xmlattributes(100 AS max, c.value #>> '{}' AS value, 'progress' AS "aria-label"), c.value #>> '{}'),
+                                        ' ' || (c.value #>> '{}') || ' %')
+                                    WHEN json_typeof(c.value) = 'number' THEN xmlelement(NAME td, xmlattributes('n' AS class), redrive._report_number((c.value #>> '{}')::numeric))
+                                    ELSE xmlelement(NAME td, xmlattributes(CASE WHEN length(c.value #>> '{}') > 30 THEN 'long' END AS class), c.value #>> '{}')
+                                END ORDER BY c.place)
+                            FROM json_each(r.value) WITH ORDINALITY AS c (key, value, place))) ORDER BY r.place)
+                    FROM json_array_elements(v_rows) WITH ORDINALITY AS r (value, place))))));
 END
 $$;
 
@@ -54,7 +58,7 @@ DECLARE
     v_most numeric;
     v_step numeric;
     v_scale numeric;
-    v_format text := CASE WHEN p_times[v_n] - p_times[1] > interval '36 hours' THEN 'MM-DD HH24:MI' ELSE 'HH24:MI' END;
+    v_format text := CASE WHEN p_times[v_n] - p_times[1] > interval '300 days' THEN 'YYYY-MM-DD' WHEN p_times[v_n] - p_times[1] > interval '36 hours' THEN 'MM-DD HH24:MI' ELSE 'HH24:MI' END;
 BEGIN
     SELECT max(s.sum) INTO v_most
     FROM (SELECT sum(p_values[i][j]) FROM generate_series(1, cardinality(p_names)) AS i CROSS JOIN generate_series(1, v_n) AS j GROUP BY j) AS s;
@@ -65,7 +69,7 @@ BEGIN
     WHERE s.step >= v_step AND s.step >= 1;
     v_scale := c_height / (v_step * greatest(ceil(v_most / v_step), 1));
     RETURN xmlelement(NAME figure,
-        xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Chart, can be scrolled' AS "aria-label"), xmlelement(NAME svg, xmlattributes('http://www.w3.org/2000/svg' AS xmlns, '0 0 800 232' AS "viewBox", 'img' AS role, p_title || ', ' || p_unit AS "aria-label"),
+        xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Chart: ' || p_title AS "aria-label"), xmlelement(NAME svg, xmlattributes('http://www.w3.org/2000/svg' AS xmlns, '0 0 800 232' AS "viewBox", 'img' AS role, p_title || ', ' || p_unit AS "aria-label"),
             (SELECT xmlagg(xmlconcat(
                     xmlelement(NAME line, xmlattributes('grid' AS class, c_left AS x1, c_left + c_width AS x2, y.at AS y1, y.at AS y2)),
                     xmlelement(NAME text, xmlattributes('end' AS "text-anchor", c_left - 6 AS x, y.at + 4 AS y), redrive._report_number(y.value))) ORDER BY y.value)
@@ -87,7 +91,7 @@ BEGIN
                     xmlelement(NAME span, xmlattributes('box s' || p_colours[i] AS class, 'true' AS "aria-hidden"), ' '), ' ' || p_names[i]) ORDER BY i)
             FROM generate_series(1, cardinality(p_names)) AS i)),
         xmlelement(NAME details, xmlelement(NAME summary, 'Numbers'),
-            xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Numbers of the chart, can be scrolled' AS "aria-label"), xmlelement(NAME table,
+            xmlelement(NAME div, xmlattributes('scroll' AS class, '0' AS tabindex, 'region' AS role, 'Numbers: ' || p_title AS "aria-label"), xmlelement(NAME table,
                 xmlelement(NAME thead, xmlelement(NAME tr, xmlelement(NAME th, xmlattributes('col' AS scope), 'from'), (
                     SELECT xmlagg(xmlelement(NAME th, xmlattributes('col' AS scope, 'n' AS class), p_names[i]) ORDER BY i) FROM generate_series(1, cardinality(p_names)) AS i))),
                 xmlelement(NAME tbody, (
@@ -108,12 +112,12 @@ LANGUAGE sql IMMUTABLE AS $$
         $4)
 $$;
 
--- Up to 48 parts of the time, at round moments.
+-- Up to 48 parts of the time, at round moments; in hours, for a day may have 23 or 25.
 CREATE FUNCTION redrive._report_parts(p_since interval, OUT part interval, OUT first timestamptz, OUT unit text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT x.b, date_bin(x.b, now() - $1, date_trunc('day', now())), 'per ' || x.n
     FROM (VALUES (interval '1 min', 'minute'), ('5 min', '5 minutes'), ('15 min', '15 minutes'), ('30 min', '30 minutes'), ('1 hour', 'hour'),
-        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('1 day', 'day'), ('7 days', 'week'), ('30 days', '30 days'), ('365 days', '365 days')) AS x (b, n)
+        ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('24 hours', 'day'), ('168 hours', 'week'), ('720 hours', '30 days'), ('8760 hours', '365 days')) AS x (b, n)
     WHERE x.b * 48 >= $1 OR x.b >= interval '365 days'
     ORDER BY x.b LIMIT 1
 $$;
@@ -179,8 +183,9 @@ BEGIN
 END
 $$;
 
+-- Without JIT, which takes longer to compile its many queries than they run.
 CREATE FUNCTION redrive.report_html(since interval DEFAULT '24 h') RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     v_body xml;
     v_tiles xml;
@@ -203,7 +208,8 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } .grid { stroke
 .s1 { fill: var(--s1); background: var(--s1); } .s2 { fill: var(--s2); background: var(--s2); } .s3 { fill: var(--s3); background: var(--s3); } .s4 { fill: var(--s4); background: var(--s4); }
 .key { margin-right: 1rem; white-space: nowrap; } .box { display: inline-block; width: .8em; height: .8em; border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 summary { cursor: pointer; color: var(--soft); margin: .5rem 0; } :focus-visible { outline: 2px solid var(--s4); }
-@media print { body { max-width: none; font-size: 11px; } svg { min-width: 0; } section { break-inside: avoid-page; } details { display: none; } .scroll { overflow: visible; } }
+@media print { html { font-size: 11px; } body { max-width: none; font-size: 1rem; } svg { min-width: 0; } section { break-inside: avoid-page; } details, progress { display: none; } .scroll { overflow: visible; }
+    th, td, td.long, .n { white-space: normal; overflow-wrap: anywhere; min-width: 0; padding: .1rem .2rem; } }
 $css$;
 BEGIN
     IF since IS NULL THEN
@@ -237,44 +243,45 @@ BEGIN
                 current_setting('TimeZone'), current_user, current_setting('server_version')))),
         xmlelement(NAME main,
             v_tiles,
-            redrive._report_section('batches', 'Batches now', '', redrive._report_table(
-                $q$SELECT b.batch_id AS batch, b.handler, coalesce(b.label, '') AS label, b.state, b.percent_done AS progress, b.total, b.succeeded, b.ignored, b.failed, b.waiting,
+            redrive._report_table('batches', 'Batches now', '',
+                $q$SELECT b.batch_id::text AS batch, b.handler, coalesce(b.label, '') AS label, b.state, b.percent_done AS progress, b.total, b.succeeded, b.ignored, b.failed, b.waiting,
                     b.items_per_second AS "items/s", b.time_left::text AS "time left"
                 FROM redrive.batch_progress AS b WHERE b.state NOT IN ('finished', 'cancelled')
-                ORDER BY b.state, b.priority DESC, b.batch_id LIMIT 100$q$, 'No batch is live.')),
+                ORDER BY b.state, b.priority DESC, b.batch_id LIMIT 100$q$, 'No batch is live.'),
             redrive._report_charts(since),
-            redrive._report_section('groups', 'Failures in groups', 'The largest groups; sample messages are shown to the owner''s members only.', redrive._report_table(
+            redrive._report_table('groups', 'Failures in groups', 'The largest groups, whenever they failed; sample messages are shown to the owner''s members only.',
                 $q$SELECT g.handler, g.error_class AS class, g.sqlstate AS "SQLSTATE", left(g.sample_message, 300) AS "sample message", g.items, g.waiting, g.failed,
                     to_char(g.last_seen, 'YYYY-MM-DD HH24:MI') AS "last seen", g.fingerprint
-                FROM redrive.failure_groups AS g ORDER BY g.items DESC, g.fingerprint, g.handler LIMIT 30$q$, 'Nothing has failed.')),
-            redrive._report_section('retries', 'Retries waiting', '', redrive._report_table(
+                FROM redrive.failure_groups AS g ORDER BY g.items DESC, g.fingerprint, g.handler LIMIT 30$q$, 'Nothing has failed.'),
+            redrive._report_table('retries', 'Retries waiting', '',
                 $q$SELECT f.handler, count(*) FILTER (WHERE f.next_attempt_at <= now()) AS "due", count(*) FILTER (WHERE f.next_attempt_at > now() AND f.next_attempt_at <= now() + interval '5 min') AS "in 5 minutes",
                     count(*) FILTER (WHERE f.next_attempt_at > now() + interval '5 min' AND f.next_attempt_at <= now() + interval '1 hour') AS "in an hour",
                     count(*) FILTER (WHERE f.next_attempt_at > now() + interval '1 hour') AS "later", count(*) FILTER (WHERE f.next_attempt_at IS NULL) AS "for the pass", count(*) AS total,
                     to_char(min(f.next_attempt_at), 'YYYY-MM-DD HH24:MI:SS') AS "next"
-                FROM redrive.failed_items AS f WHERE f.state = 'waiting' GROUP BY f.handler ORDER BY f.handler$q$, 'No item waits for a retry.')),
-            redrive._report_section('stale', 'Stale batches', '', redrive._report_table(
-                $q$SELECT s.batch_id AS batch, s.handler, s.reason, to_char(s.since, 'YYYY-MM-DD HH24:MI:SS') AS since, s.action AS "what is done"
-                FROM redrive.stale_batches AS s ORDER BY s.since, s.batch_id LIMIT 100$q$, 'No batch is stale.')),
-            redrive._report_section('queues', 'Handlers', '', redrive._report_table(
+                FROM redrive._waiting AS f GROUP BY f.handler ORDER BY f.handler$q$, 'No item waits for a retry.'),
+            redrive._report_table('stale', 'Stale batches', '',
+                $q$SELECT s.batch_id::text AS batch, s.handler, s.reason, to_char(s.since, 'YYYY-MM-DD HH24:MI:SS') AS since, s.action AS "what is done"
+                FROM redrive.stale_batches AS s ORDER BY s.since, s.batch_id LIMIT 100$q$, 'No batch is stale.'),
+            redrive._report_table('queues', 'Handlers', '',
                 $q$SELECT q.handler, q.workers, q.max_workers AS "workers at most", CASE WHEN q.paused THEN 'paused' ELSE 'on' END AS state, q.ready, q.delayed, q.in_flight AS "in flight",
                     q.waiting_retry AS "waiting for retry", q.oldest_ready_age::text AS "oldest ready"
-                FROM redrive.queue_stats AS q ORDER BY q.handler$q$, 'There are no handlers.')),
-            redrive._report_section('workers', 'Workers', '', redrive._report_table(
-                $q$SELECT w.pid::text AS pid, w.kind, w.role, w.handler, w.batch_id::text AS batch, w.state, w.item_no AS item, date_trunc('second', now() - w.item_started_at)::text AS "in it for", w.items_per_second AS "items/s"
-                FROM redrive.workers AS w ORDER BY w.kind, w.pid$q$, 'No worker runs.')),
-            redrive._report_section('passes', 'Passes', 'The last run of each.', redrive._report_table(
+                FROM redrive.queue_stats AS q ORDER BY q.handler$q$, 'There are no handlers.'),
+            redrive._report_table('workers', 'Workers', '',
+                $q$SELECT coalesce(w.pid::text, w.worker) AS worker, w.kind, w.role, w.handler, w.batch_id::text AS batch, w.state, w.item_no AS item, date_trunc('second', now() - w.item_started_at)::text AS "in it for", w.items_per_second AS "items/s",
+                    to_char(w.lease_until, 'YYYY-MM-DD HH24:MI:SS') AS "lease until"
+                FROM redrive.workers AS w ORDER BY w.kind, w.pid, w.chunk_id$q$, 'No worker runs.'),
+            redrive._report_table('passes', 'Passes', 'The last run of each.',
                 $q$SELECT DISTINCT ON (p.pass) p.pass, to_char(p.started_at, 'YYYY-MM-DD HH24:MI:SS') AS started, round(extract(epoch FROM p.finished_at - p.started_at) * 1000, 1) AS "ms", p.acted AS "rows", p.detail
-                FROM redrive.pass_history AS p ORDER BY p.pass, p.started_at DESC$q$, 'No pass has run: see redrive.schedule_passes().')),
-            redrive._report_section('platforms', 'Platforms', '', redrive._report_table(
+                FROM redrive.pass_history AS p ORDER BY p.pass, p.started_at DESC$q$, 'No pass has run: see redrive.schedule_passes().'),
+            redrive._report_table('platforms', 'Platforms', '',
                 $q$SELECT h.platform, CASE WHEN h.paused THEN 'paused' WHEN h.breaker = 'closed' THEN 'on' ELSE 'breaker ' || replace(h.breaker::text, '_', ' ') END AS state, coalesce(h.reason, '') AS reason,
                     to_char(h.blocked_until, 'YYYY-MM-DD HH24:MI:SS') AS until, h.due, h.oldest_due_age::text AS "oldest due", h.in_flight AS "in flight", h.waiting AS "waiting for retry", h.dead AS "given up", h.blocked,
                     h.attempts, h.delivered, h.per_second AS "pushes/s", h.p50_ms AS "median ms", h.p95_ms AS "95 % ms", to_char(h.last_delivered_at, 'YYYY-MM-DD HH24:MI:SS') AS "last delivered"
-                FROM redrive.platform_health AS h ORDER BY h.platform$q$, 'There are no platforms.')),
+                FROM redrive.platform_health AS h ORDER BY h.platform$q$, 'There are no platforms.'),
             redrive._report_pushes(since),
-            CASE WHEN has_function_privilege('redrive.doctor()', 'EXECUTE') THEN
-                redrive._report_section('doctor', 'Findings of doctor()', '', redrive._report_table(
-                    'SELECT d.severity, d.finding, d.remedy FROM redrive.doctor() AS d', 'Nothing is wrong.')) END),
+            CASE WHEN has_function_privilege('redrive.doctor()', 'EXECUTE') AND has_column_privilege('redrive.batches', 'batch_id', 'SELECT') THEN
+                redrive._report_table('doctor', 'Findings of doctor()', '',
+                    'SELECT d.severity, d.finding, d.remedy FROM redrive.doctor() AS d', 'Nothing is wrong.') END),
         xmlelement(NAME footer, xmlelement(NAME p, 'Made by redrive.report_html() of pg_redrive.')));
 
     RETURN concat('<!DOCTYPE html>', E'\n<html lang="en"><head>', CASE pg_client_encoding() WHEN 'UTF8' THEN '<meta charset="utf-8">' END,

@@ -99,7 +99,7 @@ CREATE FUNCTION redrive._cron_processes() RETURNS int
 LANGUAGE sql STABLE AS $$
     SELECT CASE
         WHEN current_setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN 0
-        WHEN current_setting('cron.use_background_workers', true) = 'on' THEN 4
+        WHEN current_setting('cron.use_background_workers', true) = 'on' THEN 1 + (SELECT count(*)::int FROM redrive._cron_jobs(''))
         ELSE 1
     END
 $$;

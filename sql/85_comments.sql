@@ -493,6 +493,7 @@ COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an
 
 COMMENT ON VIEW redrive._ended IS 'Chunks that have ended, with their counts';
 COMMENT ON VIEW redrive._in_flight IS 'Pushes that are under way, with their claims';
+COMMENT ON VIEW redrive._waiting IS 'Retries that wait, as the report counts them';
 COMMENT ON VIEW redrive._pushed IS 'Attempts to push, as the report counts them';
 COMMENT ON FUNCTION redrive._report_table IS 'The rows of a query as a table of the report';
 COMMENT ON FUNCTION redrive._report_number IS 'A number as people read it';

@@ -11,7 +11,7 @@ LANGUAGE sql STABLE AS $$
     WHERE p.pronamespace = 'redrive'::regnamespace
       AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_owner_needs_login', '_slots') OR p.proname LIKE '\_report\_%' OR p.proname = '_task_source')
       AND p.proname NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'schedule_passes', 'unschedule_passes',
-                            'set_retention', 'http_request', 'grant_user', 'grant_monitor', 'revoke_user', 'doctor')
+                            'set_retention', 'http_request', 'grant_user', 'grant_monitor', 'revoke_user')
     ORDER BY p.oid
 $$;
 COMMENT ON FUNCTION redrive._user_routines IS 'Functions that grant_user() grants';
@@ -43,7 +43,7 @@ BEGIN
         FROM pg_class AS c
         WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind = 'v'
           -- what the functions stale_batches_at(), verify() and report_html() read
-          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify', '_ended', '_pushed'))
+          AND (c.relname NOT LIKE '\_%' OR c.relname IN ('_stale', '_verify', '_ended', '_pushed', '_waiting'))
         ORDER BY c.relname
     LOOP
         EXECUTE format('GRANT SELECT ON %s TO %I', v_name, role);

@@ -40,3 +40,4 @@ ALTER TABLE redrive.pushes
     DROP COLUMN is_probe,
     ADD COLUMN last_claim_id bigint NOT NULL DEFAULT 0,
     ADD CONSTRAINT pushes_state_check CHECK (state <> 'in_flight');
+DROP FUNCTION redrive._report_table(text, text);

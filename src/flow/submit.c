@@ -215,7 +215,7 @@ deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("payloads must not be empty"),
-				 errhint("Submit at least one item, or use redrive.open_batch().")));
+				 errhint("Give an array with one jsonb value per item, such as ARRAY['{}']::jsonb[], or use redrive.open_batch() to add items later.")));
 	for (int i = 0; i < n; i++)
 		if (nulls[i])
 			ereport(ERROR,

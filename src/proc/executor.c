@@ -78,6 +78,7 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 	bool		worked = false;
 
 	redrive_worker_begin();
+	pgstat_report_activity(STATE_RUNNING, "redrive: look for work");
 	if (OidIsValid(get_extension_oid("pg_redrive", true)))
 	{
 		for (;;)

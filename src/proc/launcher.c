@@ -293,9 +293,11 @@ redrive_launcher_main(Datum arg)
 		MemoryContextReset(loop_cxt);
 		MemoryContextSwitchTo(loop_cxt);
 
+		pgstat_report_activity(STATE_RUNNING, "redrive: look for databases");
 		/* each turn: none is started in a database that has been dropped */
 		scan_databases(loop_cxt);
 		sleep_ms = start_supervisors();
+		pgstat_report_activity(STATE_IDLE, NULL);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
 		ResetLatch(MyLatch);
 	}

@@ -227,6 +227,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 
 	step = REAPING;
 	redrive_worker_begin();
+	pgstat_report_activity(STATE_RUNNING, "redrive: push");
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
 		proc_exit(0);
 	redrive_limit_lock_wait();

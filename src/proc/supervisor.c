@@ -457,10 +457,12 @@ redrive_supervisor_main(Datum arg)
 		}
 		if (must_rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
 		{
+			pgstat_report_activity(STATE_RUNNING, "redrive: rescue");
 			redrive_rescue();
 			must_rescue = false;
 			rescued_at = GetCurrentTimestamp();
 		}
+		pgstat_report_activity(STATE_RUNNING, "redrive: start workers");
 		if (redrive_enabled)
 		{
 			long		pusher_ms = redrive_start_pusher(own_entry, supervisor_cxt);

@@ -1,5 +1,5 @@
 -- What a newcomer gets wrong: each mistake ends in an error, a notice or a row of why() that says what to do.
--- Fails if a hint goes away.  What PostgreSQL itself refuses, for want of a grant, is explained in docs/operations.md.
+-- Fails if a hint goes away.  What PostgreSQL itself refuses, for want of a grant or of a cast, is explained in docs/operations.md.
 \getenv here PG_ABS_SRCDIR
 \set tools :here '/sql/tools.psql'
 \i :tools
@@ -48,6 +48,8 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.schedule_passes()$$),
     ($$SELECT redrive.alter_handler('good', max_retries => -1)$$)
 ) AS x (s) CROSS JOIN LATERAL fails(x.s) AS f;
+-- Words of PostgreSQL, which docs/operations.md has.
+SELECT f FROM (VALUES ($$SELECT redrive.submit('good', '{"a": 1}')$$), ($$SELECT redrive.submit('good', ARRAY['{"a": 1}'])$$)) AS x (s) CROSS JOIN LATERAL (SELECT f FROM fails(x.s) AS f LIMIT 1) AS f;
 
 -- In somebody else's place.
 SET SESSION AUTHORIZATION regress_other;

@@ -3,6 +3,8 @@
 \getenv here PG_ABS_SRCDIR
 \set tools :here '/sql/tools.psql'
 \i :tools
+-- numbers that would get commas if they were counts
+SELECT setval(pg_get_serial_sequence('redrive.batches', 'batch_id'), 12345, false);
 
 CREATE ROLE regress_report_owner LOGIN;
 CREATE ROLE regress_report_other;
@@ -54,6 +56,14 @@ FROM (SELECT replace(body()::text, ' xmlns="http://www.w3.org/2000/svg"', '')::x
 SELECT string_agg(round(h / 0.5 / first_value)::text, ', ') AS proportions
 FROM (SELECT h::text::numeric, first_value(h::text::numeric) OVER () FROM unnest(xpath('//section[@id="throughput"]//*[local-name()="rect"]/@height', body())) AS x (h)) AS y;
 SELECT xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="end"]/text()', body())::text AS scale;
+SELECT xpath('//section[@id="failures"]//tbody//td[@class="n"]/text()', body())::text = (SELECT ARRAY[sum(ignored), sum(failed), sum(to_retry)]::text FROM redrive.throughput) AS failures;
+
+-- Claims of workers outside.
+SELECT redrive.create_handler('<i>outside</i>', kind => 'external');
+SELECT redrive.submit('<i>outside</i>', ARRAY['1']::jsonb[]) IS NULL AS n;
+SELECT chunk_id, lease_token FROM redrive.claim('<i>outside</i>', 1, '5 min', worker => '<i>one</i>') \gset
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', 'TIME') AS workers FROM cells(body(), 'workers') AS c;
+SELECT redrive.complete(:chunk_id, :lease_token);
 
 -- Escaped: no element that we do not make, and the text is there.
 SELECT xpath('count(//script | //img | //b[not(parent::li)])', body())::text AS elements_of_users;
@@ -63,6 +73,20 @@ SELECT regexp_replace(c, '\d{4}-\d\d-\d\d.*', 'TIME') FROM cells(body(), 'retrie
 SELECT redrive.report_html() ~ '<script|<img|<b>"|</table><script' AS raw;
 RESET SESSION AUTHORIZATION;
 
+-- A column is one of numbers if any of its rows has one.
+SELECT redrive._report_table('x', '<X>', '', $$SELECT NULL::int AS n, 'a' AS t UNION ALL SELECT 1234, 'b' ORDER BY t$$, '');
+-- Characters that XML does not have are in messages, too.
+SELECT redrive._report_table('x', 'X', '', $$SELECT E'\x01\x1b[31m<' AS c$$, '')::text ~ E'<td>\x01\x1b\\[31m&lt;</td>' AS kept;
+-- The tables of what goes wrong.
+BEGIN;
+UPDATE redrive.batches SET last_progress_at = x.t, run_at = x.t, serve_after = x.t, created_at = x.t, sealed_at = x.t FROM (SELECT now() - interval '2 days' AS t) AS x WHERE label = 'not yet';
+INSERT INTO redrive.pass_log (pass, as_of, started_at, finished_at, acted, more, detail)
+SELECT 'purge', t, t, t + interval '1.5 s', 1234, false, '<i>"detail"</i> & co' FROM (VALUES (timestamptz '2000-01-01 00:00'), ('2000-01-02 00:00')) AS x (t);
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', 'TIME') AS stale FROM cells(body(), 'stale') AS c;
+SELECT c AS passes FROM cells(body(), 'passes') AS c;
+SELECT regexp_replace(c, '[^|]+$', 'AGE') AS handlers FROM cells(body(), 'queues') AS c;
+ROLLBACK;
+
 -- Somebody else sees nothing of it, a monitor no messages; findings only who may ask the doctor.
 SET SESSION AUTHORIZATION regress_report_other;
 SELECT xpath('//ul/li/b/text()', body())::text AS tiles, redrive.report_html() LIKE '%handler%amp;%' AS named, redrive.report_html() LIKE '%alert%' AS told;
@@ -70,6 +94,14 @@ SELECT (xpath('//section/@id', body()))::text AS sections;
 RESET SESSION AUTHORIZATION;
 SET SESSION AUTHORIZATION regress_report_monitor;
 SELECT (xpath('//li[@id="tile-done"]/b/text()', body()))::text AS done, redrive.report_html() LIKE '%alert(1)%' AS told, cells(body(), 'groups') LIKE '%|–|%' AS hidden LIMIT 1;
+RESET SESSION AUTHORIZATION;
+
+-- Users may call the doctor, who tells monitors only.
+SET SESSION AUTHORIZATION regress_report_other;
+SELECT xpath('//section[@id="doctor"]', body())::text AS findings;
+SET SESSION AUTHORIZATION regress_report_monitor;
+SELECT count(*) FROM (SELECT c FROM cells(body(), 'doctor') AS c EXCEPT SELECT concat_ws('|', severity, finding, remedy) FROM redrive.doctor()) AS x;
+SELECT count(*) > 0 AS findings FROM cells(body(), 'doctor');
 RESET SESSION AUTHORIZATION;
 
 -- Platforms: the numbers of platform_health and push_attempts.
@@ -106,12 +138,58 @@ SELECT fails($$SELECT redrive.report_html(NULL)$$);
 SELECT fails($$SELECT redrive.report_html('1 s')$$);
 SELECT fails($$SELECT redrive.report_html('-1 day')$$);
 
+-- A chart has everything of its time, days of 23 and 25 hours or not.
+SET timezone = 'Europe/Berlin';
+INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, done, succeeded, folded, claimed_at, progress_at, finished_at)
+SELECT 0, (SELECT min(handler_id) FROM redrive.handlers), 0, 1, 'first', 'done', 1, 1, 1, 1, 1, 1, true, t, t, t
+FROM (SELECT now() - n * interval '24 h' AS t FROM generate_series(1, 700) AS n) AS x;
+SELECT s AS since, (SELECT sum(n::text::numeric) FROM unnest(xpath('//section[@id="throughput"]//tbody//td[@class="n"][1]/text()', body(s))) AS x (n))
+        - (SELECT sum(succeeded) FROM redrive._ended WHERE finished_at >= (SELECT first FROM redrive._report_parts(s))) AS lacks
+FROM unnest(ARRAY['8 days', '40 days', '300 days', '600 days', '2 years']::interval[]) AS s;
+-- Each part has what ended in it, and its time below it.
+SELECT count(*) > 30 AS parts, count(*) FILTER (WHERE c IS DISTINCT FROM to_char(e.at, 'YYYY-MM-DD HH24:MI') || '|' || e.n || '|0|0|0') AS wrong
+FROM (SELECT c, row_number() OVER () AS place FROM cells(body('40 days'), 'throughput') AS c) AS r
+FULL JOIN (
+    SELECT t.at, count(*) AS n, row_number() OVER (ORDER BY t.at) AS place
+    FROM (SELECT generate_series(first, now(), part) AS at, part FROM redrive._report_parts('40 days')) AS t
+    JOIN redrive.chunks AS c ON c.finished_at >= t.at AND c.finished_at < t.at + t.part AND c.batch_id = 0
+    GROUP BY t.at) AS e USING (place)
+WHERE e.at < date_trunc('day', now());
+SELECT s AS since, regexp_replace((xpath('//section[@id="throughput"]//*[local-name()="text"][@text-anchor="middle"]/text()', body(s)))[1]::text, '\d', 'N', 'g') AS label
+FROM unnest(ARRAY['1 day', '2 days', '300 days', '2 years']::interval[]) AS s;
+DELETE FROM redrive.chunks WHERE batch_id = 0;
+RESET timezone;
+
+-- With JIT a page of many rows takes five times as long.
+SELECT proconfig FROM pg_proc WHERE proname = 'report_html';
+
 -- One page: nothing comes from elsewhere.
 SELECT redrive.report_html() ~ '(src|href)=|@import|url\(' AS loads, redrive.report_html() ~ '^<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">' AS starts, redrive.report_html() ~ '</body></html>$' AS ends;
 
 SELECT redrive.cancel_batch(scratch.batch('not yet'));
 SELECT redrive.cancel_batch(scratch.batch('</table><script>alert(3)</script>'));
-SELECT redrive.drop_handler('<b>"handler" & co</b>');
+SELECT redrive._fold_ended() IS NULL AS folded;
+SELECT redrive.drop_handler(name) FROM redrive.handlers;
 DROP FUNCTION hostile(jsonb);
 SELECT redrive.revoke_user('regress_report_owner'), redrive.revoke_user('regress_report_other'), redrive.revoke_user('regress_report_monitor');
 DROP ROLE regress_report_owner, regress_report_other, regress_report_monitor;
+
+-- Databases of other encodings: the script is ASCII, and so is what the page has besides the words of users.
+SELECT current_database() AS home \gset
+CREATE DATABASE regress_report_cn ENCODING 'EUC_CN' TEMPLATE template0;
+\c regress_report_cn
+SET client_min_messages = warning;
+CREATE EXTENSION pg_redrive;
+SELECT redrive.report_html() ~ '[^[:ascii:]]' AS other;
+CREATE DATABASE "regress_report <b>&" ENCODING 'LATIN1' TEMPLATE template0;
+\c "regress_report <b>&"
+SET client_encoding = 'UTF8';
+SET client_min_messages = warning;
+CREATE EXTENSION pg_redrive;
+CREATE FUNCTION nothing(payload jsonb) RETURNS void LANGUAGE sql AS '';
+SELECT redrive.create_handler('Prüfung <é>', 'nothing');
+SELECT (regexp_matches(redrive.report_html(), '<td>(Pr[^/]*)</td>'))[1] AS handler,
+    (regexp_matches(redrive.report_html(), '<h1>.*</h1>'))[1] AS title, redrive.report_html() ~ '[^[:ascii:]üé]' AS other;
+\c :home
+DROP DATABASE regress_report_cn;
+DROP DATABASE "regress_report <b>&";

@@ -42,7 +42,7 @@ WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'p') AND N
 SELECT r, p.oid::regprocedure
 FROM unnest(ARRAY['regress_roles_a', 'regress_roles_monitor', 'regress_roles_nobody']) AS r CROSS JOIN pg_proc AS p
 WHERE p.pronamespace = 'redrive'::regnamespace AND has_function_privilege(r, p.oid, 'EXECUTE')
-  AND (p.proname LIKE '\_%' AND p.proname NOT LIKE '\_report\_%' OR p.proname IN ('rescue_stale', 'retry_failed', 'purge', 'run_pass', 'set_retention', 'schedule_passes', 'unschedule_passes',
+  AND (p.proname LIKE '\_%' AND p.proname NOT LIKE '\_report\_%' OR p.proname IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'http_request', 'set_retention', 'schedule_passes', 'unschedule_passes',
                                              'grant_user', 'grant_monitor', 'revoke_user'))
 ORDER BY 1, 2;
 

@@ -76,6 +76,16 @@ foreach (1 .. 50)
 	last if $asleep;
 }
 ok($asleep, 'an idle executor sleeps');
+# what each did last and waits for; since 17 what it waits for has a name
+my %idle = ('launcher' => 'look for databases|RedriveLauncherMain', 'supervisor' => 'start workers|RedriveSupervisorMain', 'executor' => 'look for work|RedriveExecutorIdle');
+foreach my $kind (sort keys %idle)
+{
+	my $shown = "idle|redrive: $idle{$kind}";
+	$shown =~ s/Redrive\w+$/Extension/ if $node->pg_version < 17;
+	ok(poll_until($node, "SELECT concat_ws('|', state, query, wait_event) FROM pg_stat_activity WHERE backend_type = 'redrive $kind' AND datname IS NOT DISTINCT FROM "
+				. ($kind eq 'launcher' ? 'NULL' : "'postgres'") . ' LIMIT 1', $shown), "pg_stat_activity shows the $kind")
+	  or diag($node->safe_psql('postgres', "SELECT state, query, wait_event FROM pg_stat_activity WHERE backend_type LIKE 'redrive%'"));
+}
 
 # --- batches again, but each needs a new executor, which the supervisor has to start
 $node->append_conf('postgresql.conf', 'redrive.worker_idle_timeout = 0');
@@ -94,6 +104,10 @@ while ($rounds < 8 && time() < $end)
 	set_gate($node, 'bob', 0);
 	as_role('bob', "SELECT redrive.submit('bob gated', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 20) AS i), label => 'pair $rounds')");
 	last if !poll_until($node, $running, '2');
+	is($node->safe_psql('postgres', q{
+		SELECT count(*) FROM redrive.workers AS w JOIN pg_stat_activity AS a USING (pid)
+		WHERE a.state = 'active' AND a.query = format('redrive: handler bob gated, batch %s, chunk %s', w.batch_id, w.chunk_id)}), '2', 'pg_stat_activity shows their chunks')
+	  if $rounds == 0;
 	set_gate($node, 'bob', 1);
 	last if !poll_until($node, "SELECT state FROM redrive.batch_progress WHERE label = 'pair $rounds'", 'finished');
 	$rounds++;

@@ -208,7 +208,7 @@ configure('restart', 'max_worker_processes = 4');
 $node->safe_psql('postgres', "SELECT redrive.resume_batch(batch_id) FROM redrive.batch_progress WHERE label = 'waits'");
 says('waits', 'no free worker process', 'No executor can be started since .* max_worker_processes, 4,', 'max_worker_processes', 'no process for an executor: why() says so');
 finds('error', 'A worker is wanted and cannot be started since', 'max_worker_processes', 'no process for an executor: doctor() says so');
-finds('warning', '^max_worker_processes is 4, and 10 may be wanted', 'max_worker_processes = 16', 'max_worker_processes is low');
+finds('warning', '^max_worker_processes is 4, and 11 may be wanted', 'max_worker_processes = 16', 'max_worker_processes is low');
 configure('restart', 'max_worker_processes = 3');
 says('waits', 'workers not running', 'The supervisor of this database cannot be started since', 'max_worker_processes', 'no process for the supervisor: why() says so');
 finds('error', 'A worker is wanted and cannot be started since', 'max_worker_processes', 'no process for the supervisor: doctor() says so');

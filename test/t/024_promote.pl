@@ -33,6 +33,8 @@ BEGIN
         COMMIT;
     END LOOP;
 END $$;
+SELECT redrive.record_task('form', 'done');
+SELECT redrive.create_platform('crm', 'http://127.0.0.1:1/', allow_http => true, allow_cidr => '{127.0.0.0/8}');
 });
 $primary->backup('base');
 my $standby = PostgreSQL::Test::Cluster->new('standby');
@@ -56,6 +58,8 @@ foreach my $statement (q{SELECT redrive.submit('work', ARRAY['1']::jsonb[])}, q{
 	like($said, qr/cannot be called in a read-only transaction.*DETAIL:  This server is a standby\.\nHINT:  Connect to the primary/s, "on a standby: $statement");
 }
 like($standby->safe_psql('postgres', "SELECT w.fact FROM redrive.batch_progress AS b, redrive.why(b.batch_id) AS w WHERE b.state = 'running' LIMIT 1"), qr/\w/, 'on a standby: why()');
+like($standby->safe_psql('postgres', "SELECT fact FROM redrive.why_push('form', 'crm')"), qr/^standby$/m, 'on a standby: why_push()');
+is($standby->safe_psql('postgres', "SELECT finding FROM redrive.doctor() WHERE finding ~ 'pusher'"), '', 'on a standby: doctor() misses no pusher');
 kill_postmaster($primary);
 eval { $submitter->finish };
 

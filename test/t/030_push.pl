@@ -76,6 +76,7 @@ my $dump = $node->run_log([ 'pg_dump', '-f', "$receiver->{dir}/dump.sql", $node-
 unlike($dump, qr/a-very-secret|another key|another-secret|MfKQ9r8/, 'a dump has no secrets');
 like($dump, qr/form 1/, 'but the tasks');
 unlike($node->safe_psql('postgres', "SELECT query FROM pg_stat_activity"), qr/a-very-secret/, 'nor has pg_stat_activity');
+is($node->safe_psql('postgres', "SELECT query FROM pg_stat_activity WHERE backend_type = 'redrive pusher'"), 'redrive: push', 'which shows what the pusher does');
 my (undef, undef, $error) = $node->psql('postgres', "SELECT redrive.set_platform_secret('nowhere', 'bearer', 'a-very-secret-token')");
 like($error, qr/platform "nowhere" does not exist/, 'an error about a secret');
 unlike($error, qr/a-very-secret/, 'does not show it');

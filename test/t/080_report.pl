@@ -1,4 +1,4 @@
-# The report in a browser: no errors, nothing wider than the window, readable colours, landmarks.
+# The report in a browser: no errors, nothing wider than the window, a phone or paper, readable colours, landmarks.
 # Fails if a value of users is put in as it is, if a column may grow without a scroll bar, or a colour gets paler.
 use strict;
 use warnings;
@@ -40,7 +40,6 @@ SELECT r.part, push_id, 1, platform_id, 1, now(), now() - push_id * interval '10
 SQL
 ok( poll_until($node, "SELECT succeeded = 48 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
 
-# as the documentation has it
 my $dir = PostgreSQL::Test::Utils::tempdir;
 my $page = $node->safe_psql('postgres', 'SELECT redrive.report_html()');
 ok(index($page, 'wide' x 50) > 0, 'the message of the user is in it');
@@ -59,22 +58,38 @@ sub browse
 	return ($out, join("\n", grep { /CONSOLE|Uncaught|Refused/ } split /\n/, $err));
 }
 
-# the page, and a copy of it that measures itself: the page has no script of its own
-my $measure = '<script>document.documentElement.dataset.wide = document.documentElement.scrollWidth + " of " + window.innerWidth;'
-  . 'document.documentElement.dataset.loaded = performance.getEntriesByType("resource").length;</script></body>';
-append_to_file("$dir/report.html", $page);
-append_to_file("$dir/measured.html", $page =~ s{</body>}{$measure}r);
-
-foreach my $width (1280, 500)
+# Show a page in a frame of a width, as on a phone, which no window is as narrow as; the frame measures what is in it.
+sub show
 {
-	my ($dom, $said) = browse("$dir/measured.html", '--dump-dom', "--window-size=$width,900");
+	my ($name, $width, $page) = @_;
+	my %escape = ('&' => '&amp;', '"' => '&quot;');
+	my $measure = 'const d = this.contentDocument.documentElement, s = document.documentElement.dataset;'
+	  . "s.wide = d.scrollWidth + ' of ' + this.contentWindow.innerWidth; s.back = getComputedStyle(d.ownerDocument.body).backgroundColor;"
+	  . "s.loaded = this.contentWindow.performance.getEntriesByType('resource').length";
+	my $file = "$dir/$name.html";
 
-	is($said, '', "no message of the browser at $width pixels");
+	append_to_file($file, "<!DOCTYPE html><meta charset=\"utf-8\"><body style=\"margin: 0\"><iframe style=\"border: 0; width: ${width}px; height: 3000px\" onload=\"$measure\" srcdoc=\""
+		  . ($page =~ s/([&"])/$escape{$1}/gr) . '"></iframe>');
+	my ($dom, $said) = browse($file, '--dump-dom', '--window-size=1400,3000');
 	my ($wide, $window) = $dom =~ /data-wide="(\d+) of (\d+)"/;
-	ok(defined $wide && $wide <= $window, "nothing is wider than a window of $width pixels") or diag(defined $wide ? "$wide of $window" : substr($dom, 0, 500));
-	like($dom, qr/data-loaded="0"/, 'nothing is loaded');
-	(undef, $said) = browse("$dir/report.html", "--screenshot=$dir/$width.png", "--window-size=$width,900");
-	cmp_ok(-s "$dir/$width.png" // 0, '>', 10_000, "a picture of it at $width pixels");
+	is($window, $width, "$name is shown") or diag(substr($dom, 0, 500));
+	is($said, '', "$name: no message of the browser");
+	cmp_ok($wide // 1e6, '<=', $width, "$name: nothing is wider than $width pixels");
+	like($dom, qr/data-loaded="0"/, "$name: nothing is loaded");
+	return $dom;
+}
+
+append_to_file("$dir/wrong.html", '<script>console.error("a message")</script>');
+like((browse("$dir/wrong.html", '--dump-dom'))[1], qr/a message/, 'a message of the browser would be seen');
+show('a screen', 1280, $page);
+show('a phone', 360, $page);
+# what is for paper and for the dark, on the screen: A4 has 700 pixels between its margins
+show('paper', 700, $page =~ s/\@media print/\@media all/r);
+like(show('the dark', 500, $page =~ s/\@media \(prefers-color-scheme: dark\)/\@media all/r), qr/data-back="rgb\(13, 17, 23\)"/, 'the dark: it is dark');
+foreach my $name ('a screen', 'a phone', 'paper', 'the dark')
+{
+	browse("$dir/$name.html", "--screenshot=$dir/$name.png", '--window-size=1400,3000');
+	cmp_ok(-s "$dir/$name.png" // 0, '>', 10_000, "$name: a picture of it");
 }
 
 # Landmarks, and names for what is not text.
@@ -83,6 +98,9 @@ is($count->('<(header|main|footer)>') . $count->('<h1>'), '31', 'header, main, f
 is($count->('<section id="(\w+)" aria-labelledby="\1-title"><h2 id="\1-title">'), $count->('<section'), 'each section is named by its heading');
 is($count->('<svg [^>]*role="img" aria-label="[^"]+"'), $count->('<svg'), 'each chart has a name');
 is($count->('class="scroll" tabindex="0" role="region" aria-label='), $count->('class="scroll"'), 'what scrolls can be reached by the keyboard');
+my @names = $page =~ /role="region" aria-label="([^"]+)"/g;
+my %names = map { $_ => 1 } @names;
+is(keys %names, @names, 'and has a name of its own');
 is($count->('<(a|link|script|img|iframe|object|embed|form)\b'), 0, 'no element that could load or send something');
 
 # Contrast of the text with what is behind it, by the formula of WCAG 2: at least 4.5, 3 for the colours of charts.

@@ -79,6 +79,10 @@ UPDATE redrive.platform_states SET breaker = 'open', reason = 'it answers 503';
 SQL
 	ok(poll_until($node, "SELECT succeeded = 49 FROM redrive.batch_progress WHERE label = 'first'"), 'a batch has run');
 
+	my ($reasons) = slurp_file("$metrics/queries.yaml") =~ /unnest\(ARRAY\[([^]]*)\]\) AS r \(reason\)/;
+	is(join(' ', sort $reasons =~ /'(\w+)'/g), $node->safe_psql('postgres', q{SELECT string_agg(DISTINCT m[1], ' ' ORDER BY m[1]) FROM regexp_matches(pg_get_viewdef('redrive._stale'), 'SELECT ''(\w+)''::text', 'g') AS m}),
+		'each reason for which a batch can be stale is asked for');
+
 	my $port = PostgreSQL::Test::Cluster::get_free_port();
 	local $ENV{DATA_SOURCE_NAME} = 'user=watcher host=' . $node->host . ' port=' . $node->port . ' dbname=postgres sslmode=disable';
 	my $log = '';
