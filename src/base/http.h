@@ -68,6 +68,7 @@ extern void redrive_http_destroy(RedriveHttp *http);
 
 /* http_check.c */
 extern void redrive_check_url(const char *url, bool allow_http);
+extern char *redrive_url_host(const char *url);
 extern const char **redrive_check_headers(Datum headers, bool allow_secret, int room);
 extern char *redrive_sign(const char *secret, const char *id, int64 timestamp, const char *body, size_t body_len);
 extern char *redrive_clean_text(const char *bytes, size_t len, size_t most);

@@ -80,6 +80,9 @@ redrive_check_url(const char *url, bool allow_http)
 	}
 	else if (strcmp(scheme, "https") != 0 && strcmp(scheme, "http") != 0)
 		detail = "Its scheme is neither https nor http.";
+	else if (strncmp(url + strlen(scheme), "://", 3) != 0 || url[strlen(scheme) + 3] == '/')
+		/* libcurl takes one or three for two; who reads it may not */
+		detail = "There are not two slashes before its host.";
 	else if (curl_url_get(parts, CURLUPART_USER, &user, 0) == CURLUE_OK || curl_url_get(parts, CURLUPART_PASSWORD, &password, 0) == CURLUE_OK)
 	{
 		detail = "It has a user name or a password.";
@@ -94,6 +97,27 @@ redrive_check_url(const char *url, bool allow_http)
 	curl_url_cleanup(parts);
 	if (detail != NULL)
 		bad_url(detail, hint);
+}
+
+/*
+ * Return the host of a URL, with its port if it names one, palloc'd; NULL when
+ * it cannot be understood.
+ */
+char *
+redrive_url_host(const char *url)
+{
+	CURLU	   *parts = curl_url();
+	char	   *host = NULL;
+	char	   *port = NULL;
+	char	   *result = NULL;
+
+	if (parts != NULL && curl_url_set(parts, CURLUPART_URL, url, 0) == CURLUE_OK &&
+		curl_url_get(parts, CURLUPART_HOST, &host, 0) == CURLUE_OK)
+		result = curl_url_get(parts, CURLUPART_PORT, &port, 0) == CURLUE_OK ? psprintf("%s:%s", host, port) : pstrdup(host);
+	curl_free(host);
+	curl_free(port);
+	curl_url_cleanup(parts);
+	return result;
 }
 
 /* Is this a token of RFC 9110? */
