@@ -158,6 +158,21 @@ SKIP:
 	$named->stop;
 }
 
+# Other certificates under the same name are used after a reload: connections that are open do not count.
+#
+# Seen red: without redrive_http_reload() in reload_settings() (src/proc/pusher.c).
+run_log([ 'openssl', 'req', '-x509', @new_key, '-keyout', "$dir/other.key", '-out', "$dir/other.pem", '-days', '2', '-subj', '/CN=another CA of a test' ]) or die 'no CA';
+rename("$dir/other.pem", "$dir/ca.pem") or die $!;
+$node->reload;
+ok( poll_until($node, "SELECT redrive.record_task('task', clock_timestamp()::text) > 0 AND (SELECT state || error_class FROM redrive.push_status WHERE platform = 'right') = 'waitingtls'"),
+	'a CA that was replaced in its file is not trusted');
+# What is under way goes on with what it began with.
+platform($node, $receiver, 'slow', '/delay/1');
+ok(wait_for_request($receiver, '/delay/1', 1), 'a slow push');
+$node->reload;
+ok(poll_until($node, "SELECT state || ' ' || http_status FROM redrive.push_status WHERE platform = 'slow'", 'delivered 200'), '... is not disturbed by a reload');
+is(scalar(received($receiver, '/delay/1')), 1, '... and sent once');
+
 $node->stop;
 stop_receiver($_) foreach $receiver, $right, $expired;
 done_testing();
