@@ -21,6 +21,8 @@
 #include <sys/epoll.h>
 #include <time.h>
 
+#include "storage/fd.h"
+
 #include "base/http.h"
 #include "base/http_sockets.h"
 #include "base/http_transfer.h"
@@ -92,10 +94,13 @@ add_pool(RedriveHttp *http)
 	curl_multi_setopt(pool->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
 
 	/*
-	 * it counts connections in use too: with less, slow ones push all others
-	 * out
+	 * Both count connections in use too: with fewer, slow ones push all
+	 * others out.  But those that are kept must leave descriptors for new
+	 * ones; when there are so many, the oldest is closed.  A third of all
+	 * descriptors is for us and others that PostgreSQL does not know.
 	 */
 	curl_multi_setopt(pool->multi, CURLMOPT_MAXCONNECTS, (long) n * 2);
+	curl_multi_setopt(pool->multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, (long) Max(n, Min(n * 2, max_safe_fds / 4)));
 	pool->next = http->pool;
 	http->pool = pool;
 	http->generation++;

@@ -359,7 +359,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->failure_code = code;
 	result->status = status;
 	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
-	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened;
+	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0;
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
 	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
