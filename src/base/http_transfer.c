@@ -218,6 +218,8 @@ make_handle(Transfer *transfer)
 	 * look at their file now and then.
 	 */
 	(void) curl_easy_setopt(easy, CURLOPT_CA_CACHE_TIMEOUT, CA_CACHE_S);
+	/* a lookup that has not ended in time is left to its thread */
+	(void) curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
 #endif
 	SET(CURLOPT_TCP_KEEPALIVE, 1L);
 	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);

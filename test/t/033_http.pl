@@ -5,6 +5,7 @@
 use strict;
 use warnings;
 
+use FindBin;
 use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
@@ -204,6 +205,48 @@ foreach my $round (1 .. 3)
 }
 is($few->safe_psql('postgres', "SELECT count(*), max(message) FROM redrive.push_attempts"), '48|', '... each at once');
 $few->stop;
+
+# A name server that does not answer delays nobody, and nothing waits for it.
+#
+# Seen red: without CURLOPT_QUICK_EXIT in make_handle() (src/base/http_transfer.c).
+SKIP:
+{
+	my $library = "$dir/slow_lookup.so";
+	my $lookup = "$dir/lookup";
+
+	skip 'no compiler, for a library whose lookups hang', 8 if system("cc -shared -fPIC -o $library $FindBin::Bin/../slow_lookup.c -ldl 2>&1") != 0;
+	append_to_file($lookup, '');
+	my $slow = new_node('slow', start => 0);
+	{
+		local $ENV{LD_PRELOAD} = join ' ', grep { length } $ENV{LD_PRELOAD} // '', $library;
+		local $ENV{SLOW_LOOKUP} = $lookup;
+		$slow->start;
+	}
+	$slow->safe_psql('postgres', 'CREATE EXTENSION pg_redrive');
+	# wait until a lookup begins, since the last time
+	my $begins = sub { return wait_for_file("$lookup.begun") && unlink("$lookup.begun") };
+	my $hanging = "redrive.http_request('GET', 'https://hanging.test/', max_attempts => 1";
+
+	like($slow->safe_psql('postgres', "SELECT error FROM $hanging, timeout => '200 ms')"), qr/^time-out after \d+ ms, looking up the name$/, 'a request ends in time');
+	ok($begins->(), '... its lookup began');
+	my ($out, $err) = ('', '');
+	my $session = IPC::Run::start([ 'psql', '-XAt', '-d', $slow->connstr('postgres'), '-c', "SELECT $hanging, timeout => '30 min') /* waits */" ], '<', \undef, '>', \$out, '2>', \$err, IPC::Run::timeout(120));
+	ok($begins->(), 'a request with time');
+	$slow->safe_psql('postgres', "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query ~ '/[*] waits [*]/\$'");
+	$session->finish;
+	like($err, qr/canceling statement due to user request/, '... can be cancelled');
+
+	platform($slow, $receiver, 'good', '/good');
+	$slow->safe_psql('postgres', "SELECT redrive.create_platform('hanging', 'https://hanging.test/', connect_timeout => '100 ms', retry_interval => '10 ms', max_retries => 0); SELECT redrive.record_task('task', 'one')");
+	ok(poll_until($slow, "SELECT string_agg(state || coalesce(error_class, ''), ' ' ORDER BY platform) FROM redrive.push_status", 'delivered deadtimeout'), 'a push to such a name ends in time');
+	unlink("$lookup.begun");
+	$slow->safe_psql('postgres', "SELECT redrive.alter_platform('hanging', connect_timeout => '1 min', timeout => '1 min', lease => '2 min'), redrive.record_task('task', 'two')");
+	ok(poll_until($slow, "SELECT string_agg(state::text, ' ' ORDER BY platform) FROM redrive.push_status", 'delivered in_flight'), 'one platform has its push while that of another waits');
+	ok($begins->(), '... in its lookup');
+	$slow->stop;
+	ok(!-e "$lookup.ended", 'none of the lookups has ended meanwhile');
+	unlink($lookup);
+}
 
 $node->stop;
 stop_receiver($_) foreach $receiver, $right, $expired;
