@@ -15,6 +15,9 @@
 /* The longest answer that is read; what is longer is cut off there. */
 #define REDRIVE_HTTP_MAX_ANSWER 65536
 
+/* The longest body that is sent, in bytes. */
+#define REDRIVE_HTTP_MAX_BODY (1024 * 1024)
+
 /* Requests under way, with their descriptors. */
 typedef struct RedriveHttp RedriveHttp;
 
@@ -72,6 +75,7 @@ extern void redrive_check_url(const char *url, bool allow_http);
 extern char *redrive_url_host(const char *url);
 extern const char **redrive_check_headers(Datum headers, bool allow_secret, int room);
 extern char *redrive_sign(const char *secret, const char *id, int64 timestamp, const char *body, size_t body_len);
+extern char *redrive_to_utf8(char *text, size_t *len);
 extern char *redrive_clean_text(const char *bytes, size_t len, size_t most);
 
 #endif							/* REDRIVE_HTTP_H */

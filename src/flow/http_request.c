@@ -28,7 +28,6 @@
 #include "base/xact.h"
 
 #define MAX_ATTEMPTS 100
-#define MAX_BODY (1024 * 1024)
 #define MAX_TIME_MS 3600000
 #define MAX_RANGES 100
 
@@ -195,8 +194,13 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	host = redrive_url_host(url);
 	if (host == NULL)
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
-	if (body != NULL && VARSIZE_ANY_EXHDR(body) > MAX_BODY)
-		bad_argument("body", psprintf("It has %zu bytes.", (size_t) VARSIZE_ANY_EXHDR(body)), "It may have 1 MB at most.");
+	if (body != NULL)
+	{
+		request.body_len = VARSIZE_ANY_EXHDR(body);
+		request.body = redrive_to_utf8(VARDATA_ANY(body), &request.body_len);
+		if (request.body_len > REDRIVE_HTTP_MAX_BODY)
+			bad_argument("body", psprintf("It has %zu bytes.", request.body_len), "It may have 1 MB at most.");
+	}
 	headers = redrive_check_headers(PG_GETARG_DATUM(3), true, 1);
 	max_attempts = PG_GETARG_INT32(4);
 	if (max_attempts < 1 || max_attempts > MAX_ATTEMPTS)
@@ -212,11 +216,6 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	request.method = method;
 	request.url = url;
 	request.headers = headers;
-	if (body != NULL)
-	{
-		request.body = VARDATA_ANY(body);
-		request.body_len = VARSIZE_ANY_EXHDR(body);
-	}
 	request.timeout_ms = timeout_ms;
 	request.connect_timeout_ms = timeout_ms;
 	request.allow_http = true;

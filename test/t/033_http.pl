@@ -66,6 +66,11 @@ foreach my $case ([ '/delay/3000', '' ], [ '/status/503', ", retry_delay => '30 
 	like($err, qr/canceling statement due to user request/, "$path: cancelled");
 }
 
+# A body is sent in UTF-8, whatever the encoding of the database.
+$node->safe_psql('postgres', "CREATE DATABASE latin ENCODING 'WIN1252' LOCALE 'C' TEMPLATE template0");
+is($node->safe_psql('latin', "CREATE EXTENSION pg_redrive; SELECT ok FROM redrive.http_request('POST', '$url/latin', chr(228) || ' ' || chr(128) || chr(129) || '.')"), 't', 'POST from a database in another encoding');
+is((received($receiver, '/latin'))[0]{body}, "\x{e4} \x{20ac}?.", '... arrives in UTF-8, as far as it can');
+
 # What is kept: host and outcome, nothing else of the request.
 is( $node->safe_psql('postgres', "SELECT count(*), count(*) FILTER (WHERE ok), bool_and(requested_by = current_user::regrole), min(host) FILTER (WHERE ok) FROM redrive.http_log"),
 	"19|4|t|127.0.0.1:$receiver->{port}", 'each request is in the log');
