@@ -43,7 +43,8 @@ typedef struct RedriveHttpResult
 	void	   *arg;
 	int			failure_code;	/* 0 = an answer came */
 	int			status;			/* of the answer, 0 = none */
-	bool		refused;		/* by our address policy; nothing was sent */
+	bool		refused;		/* by us, for its address, URL or size;
+								 * nothing was sent, and will be another time */
 	bool		ours;			/* no descriptors, ports or memory: not the
 								 * fault of the other side */
 	bool		sent;			/* the other side may have acted */

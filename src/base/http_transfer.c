@@ -25,6 +25,8 @@
 	(code) == CURLE_SSL_ISSUER_ERROR || (code) == CURLE_SSL_CRL_BADFILE || (code) == CURLE_SSL_PINNEDPUBKEYNOTMATCH || \
 	(code) == CURLE_SSL_INVALIDCERTSTATUS)
 
+#define BAD_URL(code) ((code) == CURLE_UNSUPPORTED_PROTOCOL || (code) == CURLE_URL_MALFORMAT)
+
 /* libcurl: open a socket to this address, which is the final one. */
 static curl_socket_t
 open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
@@ -32,7 +34,7 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	Transfer   *transfer = arg;
 	curl_socket_t fd;
 
-	if (purpose != CURLSOCKTYPE_IPCXN ||
+	if (transfer->too_large || purpose != CURLSOCKTYPE_IPCXN ||
 		!redrive_address_allowed(&address->addr, transfer->allow, transfer->n_allow, transfer->allow_only))
 	{
 		transfer->refused = true;
@@ -87,7 +89,7 @@ check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, 
 		transfer->again = true;
 		return CURL_PREREQFUNC_ABORT;
 	}
-	if (redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
+	if (!transfer->too_large && redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
 	{
 		transfer->begun = true;
 		return CURL_PREREQFUNC_OK;
@@ -272,7 +274,8 @@ redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request, 
 		ok = ok && list != NULL;
 		transfer->headers = list != NULL ? list : transfer->headers;
 	}
-	if (request->body != NULL)
+	transfer->too_large = request->body_len > REDRIVE_HTTP_MAX_BODY;
+	if (request->body != NULL && !transfer->too_large)
 	{
 		transfer->body = malloc(request->body_len + 1);
 		if (transfer->body == NULL)
@@ -361,7 +364,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->failure_code = code;
 	result->status = status;
 	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
-	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0;
+	result->refused = BAD_URL(code) || (code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0);
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
 	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
@@ -372,7 +375,11 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->body = transfer->answer_len > 0 ? transfer->answer : "";
 	result->body_len = transfer->answer_len;
 	result->total_ms = total / 1000.0;
-	if (result->refused)
+	if (BAD_URL(code))
+		snprintf(result->error, sizeof(result->error), "the URL is not one that requests can be sent to");
+	else if (result->refused && transfer->too_large)
+		snprintf(result->error, sizeof(result->error), "the body is longer than %d bytes", REDRIVE_HTTP_MAX_BODY);
+	else if (result->refused)
 		snprintf(result->error, sizeof(result->error), "the address is not of the public network and not allowed");
 	else if (result->ours)
 		snprintf(result->error, sizeof(result->error), "no resources here to send it: %s",

@@ -33,6 +33,7 @@ typedef struct Transfer
 	RedriveAddressRange *allow;
 	int			n_allow;
 	bool		allow_only;
+	bool		too_large;		/* its body, which is not here */
 	int			timeout_ms;
 	void	   *arg;
 

@@ -198,6 +198,19 @@ SKIP:
 	cmp_ok($kb_after - $kb_before, '<', 8192, 'kB that the pusher has grown by');
 }
 
+# What can never be sent is blocked at once, whoever has put it there.
+$node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
+$node->safe_psql('postgres', "SELECT redrive.create_platform(name, 'https://127.0.0.1/') FROM unnest(ARRAY['no https', 'no host']) AS name;
+	UPDATE redrive.platforms SET url = 'http://127.0.0.1:$receiver->{port}/blocked' WHERE name = 'no https'; UPDATE redrive.platforms SET url = 'https:' WHERE name = 'no host'");
+platform($node, $receiver, 'large', '/large');
+$node->safe_psql('postgres', "SELECT redrive.record_task('small', 'done'), redrive.record_task('large', 'done', to_jsonb(repeat('x', 1048576)))");
+ok( poll_until($node, "SELECT string_agg(format('%s %s %s %s %s', platform, task_key, state, error_class, message), E'\\n' ORDER BY platform, task_key) FROM redrive.push_status",
+		"large large blocked policy the body is longer than 1048576 bytes\nlarge small delivered  \n"
+		  . join "\n", map { "$_ blocked policy the URL is not one that requests can be sent to" } 'no host large', 'no host small', 'no https large', 'no https small'),
+	'blocked are a scheme that is not allowed, a URL without host and a body that is too long');
+is(scalar(received($receiver, '/blocked')) . scalar(received($receiver, '/large')), '01', '... of which nothing was sent');
+is($node->safe_psql('postgres', 'SELECT max(retry_count) FROM redrive.push_status'), 0, '... which costs nothing');
+
 # Connections that are kept leave descriptors for others.
 #
 # Seen red: with 2 * http->n_transfers, whatever the number of descriptors, in add_pool() (src/base/http.c).
