@@ -101,6 +101,7 @@ redrive_socket_watch(CURL *easy, curl_socket_t fd, int what, void *arg, void *un
 	RedriveSockets *sockets = arg;
 	RedriveSocket *kept = find_socket(sockets, fd);
 	struct epoll_event event = {.data.fd = fd};
+	int			operation = kept != NULL && kept->events != 0 ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
 
 	if (kept != NULL)
 		kept->wanted = what != CURL_POLL_REMOVE;
@@ -113,7 +114,7 @@ redrive_socket_watch(CURL *easy, curl_socket_t fd, int what, void *arg, void *un
 	event.events = ((what & CURL_POLL_IN) ? EPOLLIN : 0) | ((what & CURL_POLL_OUT) ? EPOLLOUT : 0);
 	if (kept != NULL && kept->events == event.events)
 		return 0;
-	if (epoll_ctl(sockets->epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0 &&
+	if (epoll_ctl(sockets->epoll_fd, operation, fd, &event) != 0 &&
 		(errno != EEXIST || epoll_ctl(sockets->epoll_fd, EPOLL_CTL_MOD, fd, &event) != 0))
 		return -1;
 	if (kept != NULL)
