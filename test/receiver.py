@@ -7,7 +7,7 @@ that it has read: that file is the truth about what arrived. While there is a fi
 With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
-    /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /bytes  /redirect
+    /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
     /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
@@ -78,6 +78,12 @@ async def behave(path, number, body, reader, writer):
         while True:
             writer.write(b"X-Header: " + b"y" * 1000 + b"\r\n")
             await writer.drain()
+    elif word == "crawl":
+        writer.write(b"HTTP/1.1 200 X\r\nX-Header: ")
+        while True:
+            writer.write(b"y")
+            await writer.drain()
+            await asyncio.sleep(0.05)  # -- slow handler
     elif word == "close":
         writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 100\r\n\r\nhalf")
         await writer.drain()

@@ -47,6 +47,11 @@ static const struct
 	{"2002::/16", 2},
 };
 
+/* The same, read once. */
+static RedriveAddressRange never_ranges[lengthof(never)];
+static RedriveAddressRange not_public_ranges[lengthof(not_public)];
+static RedriveAddressRange embedded_ranges[lengthof(embedded)];
+
 static bool
 in_range(int family, const unsigned char *address, const RedriveAddressRange *range)
 {
@@ -59,12 +64,10 @@ in_range(int family, const unsigned char *address, const RedriveAddressRange *ra
 }
 
 static bool
-in_list(int family, const unsigned char *address, const char *const *list, int n)
+in_list(int family, const unsigned char *address, const RedriveAddressRange *list, int n)
 {
-	RedriveAddressRange range;
-
 	for (int i = 0; i < n; i++)
-		if (!redrive_parse_range(list[i], &range) || in_range(family, address, &range))
+		if (in_range(family, address, &list[i]))
 			return true;
 	return false;
 }
@@ -103,6 +106,26 @@ redrive_parse_range(const char *text, RedriveAddressRange *range)
 	return true;
 }
 
+/* Read our lists when they are needed first; false when one is wrong. */
+static bool
+read_lists(void)
+{
+	static bool done = false;
+
+	if (done)
+		return true;
+	for (int i = 0; i < lengthof(never); i++)
+		if (!redrive_parse_range(never[i], &never_ranges[i]))
+			return false;
+	for (int i = 0; i < lengthof(not_public); i++)
+		if (!redrive_parse_range(not_public[i], &not_public_ranges[i]))
+			return false;
+	for (int i = 0; i < lengthof(embedded); i++)
+		if (!redrive_parse_range(embedded[i].range, &embedded_ranges[i]))
+			return false;
+	return done = true;
+}
+
 /*
  * May we open a connection to this address?
  *
@@ -114,8 +137,9 @@ redrive_address_allowed(const struct sockaddr *sockaddr, const RedriveAddressRan
 {
 	int			family = sockaddr->sa_family;
 	const unsigned char *address;
-	RedriveAddressRange range;
 
+	if (!read_lists())
+		return false;
 	if (family == AF_INET)
 		address = (const unsigned char *) &((const struct sockaddr_in *) sockaddr)->sin_addr;
 	else if (family == AF_INET6)
@@ -123,17 +147,16 @@ redrive_address_allowed(const struct sockaddr *sockaddr, const RedriveAddressRan
 	else
 		return false;
 	for (int i = 0; i < lengthof(embedded) && family == AF_INET6; i++)
-		if (redrive_parse_range(embedded[i].range, &range) && in_range(family, address, &range))
+		if (in_range(family, address, &embedded_ranges[i]))
 		{
 			family = AF_INET;
 			address += embedded[i].offset;
 		}
-	if (in_list(family, address, never, lengthof(never)))
+	if (in_list(family, address, never_ranges, lengthof(never)))
 		return false;
-	for (int i = 0; i < n_allow; i++)
-		if (in_range(family, address, &allow[i]))
-			return true;
-	return !allow_only && !in_list(family, address, not_public, lengthof(not_public));
+	if (in_list(family, address, allow, n_allow))
+		return true;
+	return !allow_only && !in_list(family, address, not_public_ranges, lengthof(not_public));
 }
 
 /* The same for an address as text, in its usual form. */

@@ -3,10 +3,11 @@
  * http.c
  *	  HTTP requests: many at a time, none of them waited for.
  *
- * The sockets of libcurl live in an epoll descriptor of ours, which the caller
- * waits for together with its latch.  What a single request needs is in
- * http_transfer.c.  Everything that callbacks touch is malloc'd and nothing in
- * them ereports: a jump out of libcurl would leave it locked.
+ * The sockets of libcurl live in an epoll descriptor of ours, see
+ * http_sockets.c, which the caller waits for together with its latch.  What a
+ * single request needs is in http_transfer.c.  Everything that callbacks touch
+ * is malloc'd and nothing in them ereports: a jump out of libcurl would leave it
+ * locked.
  *
  * Signals are blocked while libcurl works, because it looks names up in threads
  * that inherit the mask: our signal handlers must not run in those.
@@ -16,26 +17,34 @@
 #include "postgres.h"
 
 #include <curl/curl.h>
-#include <errno.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "storage/fd.h"
 
 #include "base/http.h"
+#include "base/http_sockets.h"
 #include "base/http_transfer.h"
 
 #define EVENTS_AT_ONCE 128
 
-struct RedriveHttp
+/* Connections made with the settings and certificates of one time. */
+struct Pool
 {
 	CURLM	   *multi;
-	int			epoll_fd;
-	int			n_transfers;
 	int			in_flight;
 	int64		timer_ms;		/* when libcurl wants to be called, -1 = never */
+	Pool	   *next;			/* an older one, which ends what it began */
+};
+
+struct RedriveHttp
+{
+	Pool	   *pool;			/* for new requests */
+	int			generation;		/* how many there have been */
+	RedriveSockets sockets;
+	int			n_transfers;
+	int			in_flight;
 	Transfer  **transfers;		/* transfers that were ever needed */
 	int			n_made;
 	Transfer   *unused;			/* those that are free */
@@ -52,41 +61,76 @@ now_ms(void)
 	return (int64) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-/* libcurl: watch this socket, or do not any more. */
-static int
-watch_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *watched)
-{
-	RedriveHttp *http = arg;
-	struct epoll_event event = {0};
-
-	if (what == CURL_POLL_REMOVE)
-	{
-		(void) epoll_ctl(http->epoll_fd, EPOLL_CTL_DEL, fd, &event);
-		return 0;
-	}
-	event.data.fd = fd;
-	event.events = ((what & CURL_POLL_IN) ? EPOLLIN : 0) | ((what & CURL_POLL_OUT) ? EPOLLOUT : 0);
-	if (epoll_ctl(http->epoll_fd, watched != NULL ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) != 0)
-	{
-		/*
-		 * a socket number that was closed and is used again, or is still
-		 * known
-		 */
-		if (epoll_ctl(http->epoll_fd, errno == ENOENT ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event) != 0)
-			return -1;
-	}
-	(void) curl_multi_assign(http->multi, fd, http);
-	return 0;
-}
-
 /* libcurl: call me in so many milliseconds. */
 static int
 set_timer(CURLM *multi, long timeout_ms, void *arg)
 {
-	RedriveHttp *http = arg;
+	Pool	   *pool = arg;
 
-	http->timer_ms = timeout_ms < 0 ? -1 : now_ms() + timeout_ms;
+	pool->timer_ms = timeout_ms < 0 ? -1 : now_ms() + timeout_ms;
 	return 0;
+}
+
+/* Begin with new connections; false when there is no memory. */
+static bool
+add_pool(RedriveHttp *http)
+{
+	const int	n = http->n_transfers;
+	Pool	   *pool = calloc(1, sizeof(Pool));
+
+	if (pool == NULL)
+		return false;
+	pool->multi = curl_multi_init();
+	if (pool->multi == NULL)
+	{
+		free(pool);
+		return false;
+	}
+	pool->timer_ms = -1;
+	curl_multi_setopt(pool->multi, CURLMOPT_SOCKETFUNCTION, redrive_socket_watch);
+	curl_multi_setopt(pool->multi, CURLMOPT_SOCKETDATA, &http->sockets);
+	curl_multi_setopt(pool->multi, CURLMOPT_TIMERFUNCTION, set_timer);
+	curl_multi_setopt(pool->multi, CURLMOPT_TIMERDATA, pool);
+	curl_multi_setopt(pool->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
+
+	/*
+	 * Both count connections in use too: with fewer, slow ones push all
+	 * others out.  But those that are kept must leave descriptors for new
+	 * ones; when there are so many, the oldest is closed.  A third of all
+	 * descriptors is for us and others that PostgreSQL does not know.
+	 */
+	curl_multi_setopt(pool->multi, CURLMOPT_MAXCONNECTS, (long) n * 2);
+	curl_multi_setopt(pool->multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, (long) Max(n, Min(n * 2, max_safe_fds / 4)));
+	pool->next = http->pool;
+	http->pool = pool;
+	http->generation++;
+	return true;
+}
+
+/* Close the connections of a pool whose requests have all ended. */
+static void
+free_pool(Pool *pool)
+{
+	(void) curl_multi_cleanup(pool->multi);
+	free(pool);
+}
+
+/* Do so with those that take no new requests. */
+static void
+free_old_pools(RedriveHttp *http)
+{
+	for (Pool **pool = &http->pool->next; *pool != NULL;)
+	{
+		Pool	   *old = *pool;
+
+		if (old->in_flight > 0)
+			pool = &old->next;
+		else
+		{
+			*pool = old->next;
+			free_pool(old);
+		}
+	}
 }
 
 /* Make room for requests; NULL when something cannot be had. */
@@ -97,34 +141,14 @@ make_http(int max_transfers)
 
 	if (http == NULL)
 		return NULL;
-	http->timer_ms = -1;
 	http->last_done = &http->done;
 	http->n_transfers = max_transfers;
 	http->transfers = calloc(max_transfers, sizeof(Transfer *));
-	http->multi = curl_multi_init();
-	http->epoll_fd = -1;
-	if (AcquireExternalFD())
-	{
-		http->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-		if (http->epoll_fd < 0)
-			ReleaseExternalFD();
-	}
-	if (http->transfers == NULL || http->multi == NULL || http->epoll_fd < 0)
+	if (!redrive_sockets_init(&http->sockets) || http->transfers == NULL || !add_pool(http))
 	{
 		redrive_http_destroy(http);
 		return NULL;
 	}
-	curl_multi_setopt(http->multi, CURLMOPT_SOCKETFUNCTION, watch_socket);
-	curl_multi_setopt(http->multi, CURLMOPT_SOCKETDATA, http);
-	curl_multi_setopt(http->multi, CURLMOPT_TIMERFUNCTION, set_timer);
-	curl_multi_setopt(http->multi, CURLMOPT_TIMERDATA, http);
-	curl_multi_setopt(http->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
-
-	/*
-	 * it counts connections in use too: with less, slow ones push all others
-	 * out
-	 */
-	curl_multi_setopt(http->multi, CURLMOPT_MAXCONNECTS, (long) max_transfers * 2);
 	return http;
 }
 
@@ -160,18 +184,37 @@ redrive_http_create(int max_transfers)
 	return http;
 }
 
+/*
+ * The settings may have changed, or the file with certificates: what begins
+ * from now on uses them and none of the connections that there are.
+ *
+ * Errors: 53200 without memory.
+ */
+void
+redrive_http_reload(RedriveHttp *http)
+{
+	if (!add_pool(http))
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	free_old_pools(http);
+}
+
 /* The descriptor to wait for: when it is readable, call redrive_http_drive(). */
 int
 redrive_http_fd(RedriveHttp *http)
 {
-	return http->epoll_fd;
+	return http->sockets.epoll_fd;
 }
 
 /* In how many milliseconds redrive_http_drive() has to be called; -1 = not. */
 long
 redrive_http_timeout_ms(RedriveHttp *http)
 {
-	return http->timer_ms < 0 ? -1 : (long) Max(http->timer_ms - now_ms(), 0);
+	int64		timer_ms = -1;
+
+	for (Pool *pool = http->pool; pool != NULL; pool = pool->next)
+		if (pool->timer_ms >= 0 && (timer_ms < 0 || pool->timer_ms < timer_ms))
+			timer_ms = pool->timer_ms;
+	return timer_ms < 0 ? -1 : (long) Max(timer_ms - now_ms(), 0);
 }
 
 int
@@ -190,11 +233,21 @@ free_transfer(RedriveHttp *http)
 		http->unused = transfer->next;
 	else if (http->n_made < http->n_transfers)
 	{
-		transfer = redrive_make_transfer(http);
+		transfer = redrive_make_transfer(http, &http->sockets);
 		if (transfer != NULL)
 			http->transfers[http->n_made++] = transfer;
 	}
 	return transfer;
+}
+
+/* A transfer is not under way any more. */
+static void
+take_out(RedriveHttp *http, Transfer *transfer)
+{
+	(void) curl_multi_remove_handle(transfer->pool->multi, transfer->easy);
+	transfer->pool->in_flight--;
+	http->in_flight--;
+	transfer->pool = NULL;
 }
 
 /* Forget a transfer's request and let another use it. */
@@ -220,12 +273,14 @@ redrive_http_start(RedriveHttp *http, const RedriveHttpRequest *request)
 
 	if (transfer == NULL)
 		return false;
-	if (!redrive_prepare_transfer(transfer, request) || curl_multi_add_handle(http->multi, transfer->easy) != CURLM_OK)
+	if (!redrive_prepare_transfer(transfer, request, http->generation) ||
+		curl_multi_add_handle(http->pool->multi, transfer->easy) != CURLM_OK)
 	{
 		release_transfer(http, transfer);
 		return false;
 	}
-	transfer->running = true;
+	transfer->pool = http->pool;
+	transfer->pool->in_flight++;
 	http->in_flight++;
 	return true;
 }
@@ -237,37 +292,42 @@ redrive_http_drive(RedriveHttp *http)
 	struct epoll_event events[EVENTS_AT_ONCE];
 	sigset_t	all;
 	sigset_t	before;
-	CURLMsg    *msg;
 	int			n;
-	int			running;
 
 	sigfillset(&all);
 	(void) sigprocmask(SIG_BLOCK, &all, &before);
-	n = epoll_wait(http->epoll_fd, events, EVENTS_AT_ONCE, 0);
-	for (int i = 0; i < n; i++)
-		(void) curl_multi_socket_action(http->multi, events[i].data.fd,
-										((events[i].events & EPOLLIN) ? CURL_CSELECT_IN : 0) |
-										((events[i].events & EPOLLOUT) ? CURL_CSELECT_OUT : 0) |
-										((events[i].events & (EPOLLERR | EPOLLHUP)) ? CURL_CSELECT_ERR : 0), &running);
-	if (http->timer_ms >= 0 && now_ms() >= http->timer_ms)
+	n = epoll_wait(http->sockets.epoll_fd, events, EVENTS_AT_ONCE, 0);
+	for (Pool *pool = http->pool; pool != NULL; pool = pool->next)
 	{
-		http->timer_ms = -1;
-		(void) curl_multi_socket_action(http->multi, CURL_SOCKET_TIMEOUT, 0, &running);
-	}
-	while ((msg = curl_multi_info_read(http->multi, &n)) != NULL)
-	{
-		Transfer   *transfer;
+		CURLMsg    *msg;
+		int			ignored;
 
-		if (msg->msg != CURLMSG_DONE || curl_easy_getinfo(msg->easy_handle, CURLINFO_PRIVATE, (char **) &transfer) != CURLE_OK)
-			continue;
-		transfer->code = msg->data.result;
-		transfer->running = false;
-		(void) curl_multi_remove_handle(http->multi, transfer->easy);
-		http->in_flight--;
-		*http->last_done = transfer;
-		http->last_done = &transfer->next;
-		transfer->next = NULL;
+		/* libcurl passes over sockets of another pool */
+		for (int i = 0; i < n; i++)
+			if (!redrive_socket_unwanted(&http->sockets, events[i].data.fd))
+				(void) curl_multi_socket_action(pool->multi, events[i].data.fd,
+												((events[i].events & EPOLLIN) ? CURL_CSELECT_IN : 0) |
+												((events[i].events & EPOLLOUT) ? CURL_CSELECT_OUT : 0) |
+												((events[i].events & (EPOLLERR | EPOLLHUP)) ? CURL_CSELECT_ERR : 0), &ignored);
+		if (pool->timer_ms >= 0 && now_ms() >= pool->timer_ms)
+		{
+			pool->timer_ms = -1;
+			(void) curl_multi_socket_action(pool->multi, CURL_SOCKET_TIMEOUT, 0, &ignored);
+		}
+		while ((msg = curl_multi_info_read(pool->multi, &ignored)) != NULL)
+		{
+			Transfer   *transfer;
+
+			if (msg->msg != CURLMSG_DONE || curl_easy_getinfo(msg->easy_handle, CURLINFO_PRIVATE, (char **) &transfer) != CURLE_OK)
+				continue;
+			transfer->code = msg->data.result;
+			take_out(http, transfer);
+			*http->last_done = transfer;
+			http->last_done = &transfer->next;
+			transfer->next = NULL;
+		}
 	}
+	free_old_pools(http);
 	(void) sigprocmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -307,13 +367,12 @@ redrive_http_cancel_unsent(RedriveHttp *http, void (*cancelled) (void *arg))
 		Transfer   *transfer = http->transfers[i];
 		curl_off_t	pretransfer = 0;
 
-		if (!transfer->running ||
+		if (transfer->pool == NULL ||
 			curl_easy_getinfo(transfer->easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer) != CURLE_OK || pretransfer > 0)
 			continue;
 		cancelled(transfer->arg);
-		(void) curl_multi_remove_handle(http->multi, transfer->easy);
+		take_out(http, transfer);
 		release_transfer(http, transfer);
-		http->in_flight--;
 	}
 }
 
@@ -325,16 +384,18 @@ redrive_http_destroy(RedriveHttp *http)
 	{
 		Transfer   *transfer = http->transfers[i];
 
-		if (transfer->running)
-			(void) curl_multi_remove_handle(http->multi, transfer->easy);
+		if (transfer->pool != NULL)
+			take_out(http, transfer);
 		redrive_free_transfer(transfer);
 	}
-	(void) curl_multi_cleanup(http->multi);
-	if (http->epoll_fd >= 0)
+	while (http->pool != NULL)
 	{
-		close(http->epoll_fd);
-		ReleaseExternalFD();
+		Pool	   *pool = http->pool;
+
+		http->pool = pool->next;
+		free_pool(pool);
 	}
+	redrive_sockets_free(&http->sockets);
 	free(http->transfers);
 	free(http);
 }

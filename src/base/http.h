@@ -15,6 +15,9 @@
 /* The longest answer that is read; what is longer is cut off there. */
 #define REDRIVE_HTTP_MAX_ANSWER 65536
 
+/* The longest body that is sent, in bytes. */
+#define REDRIVE_HTTP_MAX_BODY (1024 * 1024)
+
 /* Requests under way, with their descriptors. */
 typedef struct RedriveHttp RedriveHttp;
 
@@ -40,7 +43,8 @@ typedef struct RedriveHttpResult
 	void	   *arg;
 	int			failure_code;	/* 0 = an answer came */
 	int			status;			/* of the answer, 0 = none */
-	bool		refused;		/* by our address policy; nothing was sent */
+	bool		refused;		/* by us, for its address, URL or size;
+								 * nothing was sent, and will be another time */
 	bool		ours;			/* no descriptors, ports or memory: not the
 								 * fault of the other side */
 	bool		sent;			/* the other side may have acted */
@@ -56,6 +60,7 @@ typedef struct RedriveHttpResult
 } RedriveHttpResult;
 
 extern RedriveHttp *redrive_http_create(int max_transfers);
+extern void redrive_http_reload(RedriveHttp *http);
 extern int	redrive_http_fd(RedriveHttp *http);
 extern long redrive_http_timeout_ms(RedriveHttp *http);
 extern bool redrive_http_start(RedriveHttp *http, const RedriveHttpRequest *request);
@@ -68,8 +73,10 @@ extern void redrive_http_destroy(RedriveHttp *http);
 
 /* http_check.c */
 extern void redrive_check_url(const char *url, bool allow_http);
+extern char *redrive_url_host(const char *url);
 extern const char **redrive_check_headers(Datum headers, bool allow_secret, int room);
 extern char *redrive_sign(const char *secret, const char *id, int64 timestamp, const char *body, size_t body_len);
+extern char *redrive_to_utf8(char *text, size_t *len);
 extern char *redrive_clean_text(const char *bytes, size_t len, size_t most);
 
 #endif							/* REDRIVE_HTTP_H */

@@ -9,6 +9,7 @@
 
 #include <curl/curl.h>
 
+#include "catalog/namespace.h"
 #include "common/base64.h"
 #include "common/cryptohash.h"
 #include "common/hmac.h"
@@ -17,6 +18,7 @@
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
+#include "utils/memutils.h"
 
 #include "base/http.h"
 
@@ -80,6 +82,9 @@ redrive_check_url(const char *url, bool allow_http)
 	}
 	else if (strcmp(scheme, "https") != 0 && strcmp(scheme, "http") != 0)
 		detail = "Its scheme is neither https nor http.";
+	else if (strncmp(url + strlen(scheme), "://", 3) != 0 || url[strlen(scheme) + 3] == '/')
+		/* libcurl takes one or three for two; who reads it may not */
+		detail = "There are not two slashes before its host.";
 	else if (curl_url_get(parts, CURLUPART_USER, &user, 0) == CURLUE_OK || curl_url_get(parts, CURLUPART_PASSWORD, &password, 0) == CURLUE_OK)
 	{
 		detail = "It has a user name or a password.";
@@ -94,6 +99,27 @@ redrive_check_url(const char *url, bool allow_http)
 	curl_url_cleanup(parts);
 	if (detail != NULL)
 		bad_url(detail, hint);
+}
+
+/*
+ * Return the host of a URL, with its port if it names one, palloc'd; NULL when
+ * it cannot be understood.
+ */
+char *
+redrive_url_host(const char *url)
+{
+	CURLU	   *parts = curl_url();
+	char	   *host = NULL;
+	char	   *port = NULL;
+	char	   *result = NULL;
+
+	if (parts != NULL && curl_url_set(parts, CURLUPART_URL, url, 0) == CURLUE_OK &&
+		curl_url_get(parts, CURLUPART_HOST, &host, 0) == CURLUE_OK)
+		result = curl_url_get(parts, CURLUPART_PORT, &port, 0) == CURLUE_OK ? psprintf("%s:%s", host, port) : pstrdup(host);
+	curl_free(host);
+	curl_free(port);
+	curl_url_cleanup(parts);
+	return result;
 }
 
 /* Is this a token of RFC 9110? */
@@ -225,6 +251,42 @@ redrive_sign(const char *secret, const char *id, int64 timestamp, const char *bo
 	if (n < 0)
 		elog(ERROR, "could not encode a signature");
 	result[3 + n] = '\0';
+	return result;
+}
+
+/*
+ * Return text of the server's encoding as UTF-8, and its length in *len, which
+ * is that of the text before; palloc'd, or the text itself.
+ *
+ * What is not valid becomes "?".  Where the server does not know its encoding
+ * (SQL_ASCII) bytes are as they are.  Unless it is UTF-8, needs a transaction.
+ */
+char *
+redrive_to_utf8(char *text, size_t *len)
+{
+	const int	encoding = GetDatabaseEncoding();
+	Oid			conversion = InvalidOid;
+	size_t		room = *len * MAX_CONVERSION_GROWTH + 1;
+	char	   *result;
+	size_t		at = 0;
+
+	if (encoding != PG_UTF8 && encoding != PG_SQL_ASCII)
+		conversion = FindDefaultConversionProc(encoding, PG_UTF8);
+	if (!OidIsValid(conversion))
+		return text;
+	result = MemoryContextAllocHuge(CurrentMemoryContext, room);
+	for (size_t i = 0; i < *len;)
+	{
+		i += pg_do_encoding_conversion_buf(conversion, encoding, PG_UTF8, (unsigned char *) text + i, *len - i,
+										   (unsigned char *) result + at, room - at, true);
+		at += strlen(result + at);
+		if (i < *len)
+		{
+			result[at++] = '?';
+			i += Min((size_t) pg_encoding_mblen(encoding, text + i), *len - i);
+		}
+	}
+	*len = at;
 	return result;
 }
 

@@ -18,11 +18,14 @@
 #include "base/http_transfer.h"
 
 #define MAX_HEADER_BYTES 65536
+#define CA_CACHE_S 600L
 
 #define TLS_ERROR(code) ((code) == CURLE_SSL_CONNECT_ERROR || (code) == CURLE_PEER_FAILED_VERIFICATION || \
 	(code) == CURLE_SSL_CACERT_BADFILE || (code) == CURLE_SSL_CERTPROBLEM || (code) == CURLE_SSL_CIPHER || \
 	(code) == CURLE_SSL_ISSUER_ERROR || (code) == CURLE_SSL_CRL_BADFILE || (code) == CURLE_SSL_PINNEDPUBKEYNOTMATCH || \
 	(code) == CURLE_SSL_INVALIDCERTSTATUS)
+
+#define BAD_URL(code) ((code) == CURLE_UNSUPPORTED_PROTOCOL || (code) == CURLE_URL_MALFORMAT)
 
 /* libcurl: open a socket to this address, which is the final one. */
 static curl_socket_t
@@ -31,7 +34,7 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	Transfer   *transfer = arg;
 	curl_socket_t fd;
 
-	if (purpose != CURLSOCKTYPE_IPCXN ||
+	if (transfer->too_large || purpose != CURLSOCKTYPE_IPCXN ||
 		!redrive_address_allowed(&address->addr, transfer->allow, transfer->n_allow, transfer->allow_only))
 	{
 		transfer->refused = true;
@@ -49,13 +52,22 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 		ReleaseExternalFD();
 		return CURL_SOCKET_BAD;
 	}
+	if (!redrive_socket_opened(transfer->sockets, fd))
+	{
+		transfer->open_errno = ENOMEM;
+		(void) close(fd);
+		ReleaseExternalFD();
+		return CURL_SOCKET_BAD;
+	}
 	transfer->opened = true;
 	return fd;
 }
 
+/* Perhaps long after the request that opened it. */
 static int
 close_socket(void *arg, curl_socket_t fd)
 {
+	redrive_socket_closed(arg, fd);
 	ReleaseExternalFD();
 	return close(fd);
 }
@@ -77,7 +89,7 @@ check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, 
 		transfer->again = true;
 		return CURL_PREREQFUNC_ABORT;
 	}
-	if (redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
+	if (!transfer->too_large && redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
 	{
 		transfer->begun = true;
 		return CURL_PREREQFUNC_OK;
@@ -122,40 +134,38 @@ count_header(char *bytes, size_t size, size_t n, void *arg)
 
 /* Make a transfer that has nothing to do yet; NULL when there is no memory. */
 Transfer *
-redrive_make_transfer(RedriveHttp *http)
+redrive_make_transfer(RedriveHttp *http, RedriveSockets *sockets)
 {
 	Transfer   *transfer = calloc(1, sizeof(Transfer));
 
 	if (transfer == NULL)
 		return NULL;
 	transfer->http = http;
-	transfer->easy = curl_easy_init();
-	if (transfer->easy == NULL)
-	{
-		free(transfer);
-		return NULL;
-	}
+	transfer->sockets = sockets;
 	return transfer;
 }
 
-/* Forget the request, keep the handle and the buffer. */
+/*
+ * Forget the request, keep the handle and the buffer.
+ *
+ * The handle keeps its options, but not after a failure: libcurl counts in it
+ * how often a connection broke.
+ */
 void
 redrive_clear_transfer(Transfer *transfer)
 {
-	RedriveHttp *http = transfer->http;
-	CURL	   *easy = transfer->easy;
-	char	   *answer = transfer->answer;
-	size_t		answer_size = transfer->answer_size;
+	Transfer	cleared = {0};
 
 	curl_slist_free_all(transfer->headers);
 	free(transfer->body);
 	free(transfer->allow);
-	curl_easy_reset(easy);
-	memset(transfer, 0, sizeof(Transfer));
-	transfer->http = http;
-	transfer->easy = easy;
-	transfer->answer = answer;
-	transfer->answer_size = answer_size;
+	cleared.http = transfer->http;
+	cleared.sockets = transfer->sockets;
+	cleared.easy = transfer->easy;
+	cleared.generation = transfer->code == CURLE_OK ? transfer->generation : 0;
+	cleared.answer = transfer->answer;
+	cleared.answer_size = transfer->answer_size;
+	*transfer = cleared;
 }
 
 void
@@ -167,12 +177,76 @@ redrive_free_transfer(Transfer *transfer)
 	free(transfer);
 }
 
-/* Copy the request and set the options; false when there is no memory. */
-bool
-redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request)
+#define SET(option, value) (ok = ok && curl_easy_setopt(easy, option, value) == CURLE_OK)
+
+/*
+ * Make a handle anew, with the options that are the same for all requests; false
+ * when that cannot be.
+ *
+ * No handle is only reset: it would go on with TLS sessions for which other
+ * certificates were trusted.
+ */
+static bool
+make_handle(Transfer *transfer)
 {
-	CURL	   *easy = transfer->easy;
-	const bool	get = strcmp(request->method, "GET") == 0;
+	CURL	   *easy = curl_easy_init();
+	const char *ca_file = redrive_http_ca_file;
+	bool		ok = easy != NULL;
+
+	curl_easy_cleanup(transfer->easy);
+	transfer->easy = easy;
+	SET(CURLOPT_PRIVATE, transfer);
+	SET(CURLOPT_NOSIGNAL, 1L);
+	SET(CURLOPT_FOLLOWLOCATION, 0L);
+	SET(CURLOPT_PROXY, "");
+	SET(CURLOPT_NETRC, (long) CURL_NETRC_IGNORED);
+	SET(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
+	SET(CURLOPT_USERAGENT, "pg_redrive/" REDRIVE_VERSION);
+	SET(CURLOPT_SSL_VERIFYPEER, 1L);
+	SET(CURLOPT_SSL_VERIFYHOST, 2L);
+	SET(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
+	if (ca_file == NULL || ca_file[0] == '\0')
+		ca_file = curl_version_info(CURLVERSION_NOW)->cainfo;
+	if (ca_file != NULL && (ca_file == redrive_http_ca_file || access(ca_file, R_OK) == 0))
+	{
+		SET(CURLOPT_CAINFO, ca_file);
+		/* with a directory besides, the file is read for each connection */
+		SET(CURLOPT_CAPATH, NULL);
+	}
+#if LIBCURL_VERSION_NUM >= 0x075700
+
+	/*
+	 * 7.87; the one that runs may be older.  The certificates stay in memory:
+	 * look at their file now and then.
+	 */
+	(void) curl_easy_setopt(easy, CURLOPT_CA_CACHE_TIMEOUT, CA_CACHE_S);
+	/* a lookup that has not ended in time is left to its thread */
+	(void) curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
+#endif
+	SET(CURLOPT_TCP_KEEPALIVE, 1L);
+	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);
+	SET(CURLOPT_OPENSOCKETDATA, transfer);
+	SET(CURLOPT_CLOSESOCKETFUNCTION, close_socket);
+	SET(CURLOPT_CLOSESOCKETDATA, transfer->sockets);
+	SET(CURLOPT_PREREQFUNCTION, check_connection);
+	SET(CURLOPT_PREREQDATA, transfer);
+	SET(CURLOPT_WRITEFUNCTION, keep_answer);
+	SET(CURLOPT_WRITEDATA, transfer);
+	SET(CURLOPT_HEADERFUNCTION, count_header);
+	SET(CURLOPT_HEADERDATA, transfer);
+	return ok;
+}
+
+/*
+ * Copy the request and set its options; false when there is no memory.
+ *
+ * What is set for one request is set for each: the handle may have the options
+ * of another.
+ */
+bool
+redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request, int generation)
+{
+	CURL	   *easy;
 
 	/* no waiting for "100 Continue", and no type that nobody asked for */
 	static const char *const first[] = {"Expect:", "Content-Type:", "Accept:"};
@@ -200,7 +274,8 @@ redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request)
 		ok = ok && list != NULL;
 		transfer->headers = list != NULL ? list : transfer->headers;
 	}
-	if (request->body != NULL)
+	transfer->too_large = request->body_len > REDRIVE_HTTP_MAX_BODY;
+	if (request->body != NULL && !transfer->too_large)
 	{
 		transfer->body = malloc(request->body_len + 1);
 		if (transfer->body == NULL)
@@ -220,54 +295,26 @@ redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request)
 	transfer->timeout_ms = request->timeout_ms;
 	transfer->arg = request->arg;
 
-#define SET(option, value) (ok = ok && curl_easy_setopt(easy, option, value) == CURLE_OK)
-	SET(CURLOPT_PRIVATE, transfer);
+	if (transfer->generation != generation && !make_handle(transfer))
+		return false;
+	transfer->generation = generation;
+	easy = transfer->easy;
 	SET(CURLOPT_URL, request->url);
 	SET(CURLOPT_PROTOCOLS_STR, request->allow_http ? "https,http" : "https");
-	SET(CURLOPT_NOSIGNAL, 1L);
-	SET(CURLOPT_FOLLOWLOCATION, 0L);
-	SET(CURLOPT_PROXY, "");
-	SET(CURLOPT_NETRC, (long) CURL_NETRC_IGNORED);
-	SET(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
-	SET(CURLOPT_USERAGENT, "pg_redrive/" REDRIVE_VERSION);
-	SET(CURLOPT_SSL_VERIFYPEER, 1L);
-	SET(CURLOPT_SSL_VERIFYHOST, 2L);
-	SET(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
-	if (redrive_http_ca_file != NULL && redrive_http_ca_file[0] != '\0')
-	{
-		SET(CURLOPT_CAINFO, redrive_http_ca_file);
-		SET(CURLOPT_CAPATH, NULL);
-	}
 	SET(CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
 	SET(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_timeout_ms);
-	SET(CURLOPT_TCP_KEEPALIVE, 1L);
 	SET(CURLOPT_HTTPHEADER, transfer->headers);
-	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);
-	SET(CURLOPT_OPENSOCKETDATA, transfer);
-	SET(CURLOPT_CLOSESOCKETFUNCTION, close_socket);
-	SET(CURLOPT_PREREQFUNCTION, check_connection);
-	SET(CURLOPT_PREREQDATA, transfer);
-	SET(CURLOPT_WRITEFUNCTION, keep_answer);
-	SET(CURLOPT_WRITEDATA, transfer);
-	SET(CURLOPT_HEADERFUNCTION, count_header);
-	SET(CURLOPT_HEADERDATA, transfer);
-	if (transfer->body != NULL)
+	if (transfer->body != NULL || strcmp(request->method, "POST") == 0)
 	{
 		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) transfer->body_len);
-		SET(CURLOPT_POSTFIELDS, transfer->body);
+		SET(CURLOPT_POSTFIELDS, transfer->body != NULL ? transfer->body : "");
 	}
-	else if (strcmp(request->method, "POST") == 0)
-	{
-		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) 0);
-		SET(CURLOPT_POSTFIELDS, "");
-	}
-	else if (get)
+	else
 		SET(CURLOPT_HTTPGET, 1L);
-	if (!get || transfer->body != NULL)
-		SET(CURLOPT_CUSTOMREQUEST, request->method);
-#undef SET
+	SET(CURLOPT_CUSTOMREQUEST, request->method);
 	return ok;
 }
+#undef SET
 
 /* Say in words how far a request had come when its time was over. */
 static const char *
@@ -317,7 +364,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->failure_code = code;
 	result->status = status;
 	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
-	result->refused = code != CURLE_OK && transfer->refused && !transfer->opened;
+	result->refused = BAD_URL(code) || (code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0);
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
 	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
@@ -328,7 +375,11 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->body = transfer->answer_len > 0 ? transfer->answer : "";
 	result->body_len = transfer->answer_len;
 	result->total_ms = total / 1000.0;
-	if (result->refused)
+	if (BAD_URL(code))
+		snprintf(result->error, sizeof(result->error), "the URL is not one that requests can be sent to");
+	else if (result->refused && transfer->too_large)
+		snprintf(result->error, sizeof(result->error), "the body is longer than %d bytes", REDRIVE_HTTP_MAX_BODY);
+	else if (result->refused)
 		snprintf(result->error, sizeof(result->error), "the address is not of the public network and not allowed");
 	else if (result->ours)
 		snprintf(result->error, sizeof(result->error), "no resources here to send it: %s",

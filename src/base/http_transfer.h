@@ -13,14 +13,19 @@
 #include <curl/curl.h>
 
 #include "base/http.h"
+#include "base/http_sockets.h"
+
+typedef struct Pool Pool;
 
 /* One request. */
 typedef struct Transfer
 {
 	RedriveHttp *http;			/* whose it is */
+	RedriveSockets *sockets;	/* and its sockets */
 	struct Transfer *next;		/* in the list of unused or of done ones */
-	bool		running;
+	Pool	   *pool;			/* that carries it, NULL = it is not under way */
 	CURL	   *easy;			/* kept for the next request */
+	int			generation;		/* of the options that easy has, 0 = none */
 	CURLcode	code;			/* how it ended */
 	struct curl_slist *headers;
 	char	   *body;
@@ -28,6 +33,7 @@ typedef struct Transfer
 	RedriveAddressRange *allow;
 	int			n_allow;
 	bool		allow_only;
+	bool		too_large;		/* its body, which is not here */
 	int			timeout_ms;
 	void	   *arg;
 
@@ -44,8 +50,8 @@ typedef struct Transfer
 	size_t		answer_size;
 } Transfer;
 
-extern Transfer *redrive_make_transfer(RedriveHttp *http);
-extern bool redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request);
+extern Transfer *redrive_make_transfer(RedriveHttp *http, RedriveSockets *sockets);
+extern bool redrive_prepare_transfer(Transfer *transfer, const RedriveHttpRequest *request, int generation);
 extern void redrive_fill_result(Transfer *transfer, RedriveHttpResult *result);
 extern void redrive_clear_transfer(Transfer *transfer);
 extern void redrive_free_transfer(Transfer *transfer);

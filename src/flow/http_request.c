@@ -28,7 +28,6 @@
 #include "base/xact.h"
 
 #define MAX_ATTEMPTS 100
-#define MAX_BODY (1024 * 1024)
 #define MAX_TIME_MS 3600000
 #define MAX_RANGES 100
 
@@ -97,15 +96,6 @@ is_temporary(const RedriveHttpResult *result)
 	return result->status == 408 || result->status == 425 || result->status == 429 || result->status >= 500;
 }
 
-/* The host of a URL that has been checked, for the log. */
-static char *
-host_of(const char *url)
-{
-	const char *begin = strstr(url, "://") + 3;
-
-	return pnstrdup(begin, strcspn(begin, "/?"));
-}
-
 /* Send a request until it succeeds or there is no point in trying again. */
 static void
 send_request(const RedriveHttpRequest *request, int max_attempts, int delay_ms, Outcome *outcome)
@@ -170,6 +160,7 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	static const char *const methods[] = {"GET", "POST", "PUT", "PATCH", "DELETE"};
 	char	   *method = NULL;
 	char	   *url;
+	char	   *host;
 	text	   *body = PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2);
 	int			max_attempts;
 	int			timeout_ms;
@@ -186,6 +177,7 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	bool		nulls[9] = {false};
 	char		sql_nulls[10] = "         ";
 
+	redrive_require_writable(fcinfo);	/* for the log */
 	for (int i = 0; i < lengthof(names); i++)
 		if (PG_ARGISNULL(i) && i != 2)
 			ereport(ERROR,
@@ -199,8 +191,16 @@ redrive_http_request(PG_FUNCTION_ARGS)
 		bad_argument("method", "It is not known.", "Valid methods are: GET, POST, PUT, PATCH, DELETE.");
 	url = text_to_cstring(PG_GETARG_TEXT_PP(1));
 	redrive_check_url(url, true);
-	if (body != NULL && VARSIZE_ANY_EXHDR(body) > MAX_BODY)
-		bad_argument("body", psprintf("It has %zu bytes.", (size_t) VARSIZE_ANY_EXHDR(body)), "It may have 1 MB at most.");
+	host = redrive_url_host(url);
+	if (host == NULL)
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	if (body != NULL)
+	{
+		request.body_len = VARSIZE_ANY_EXHDR(body);
+		request.body = redrive_to_utf8(VARDATA_ANY(body), &request.body_len);
+		if (request.body_len > REDRIVE_HTTP_MAX_BODY)
+			bad_argument("body", psprintf("It has %zu bytes.", request.body_len), "It may have 1 MB at most.");
+	}
 	headers = redrive_check_headers(PG_GETARG_DATUM(3), true, 1);
 	max_attempts = PG_GETARG_INT32(4);
 	if (max_attempts < 1 || max_attempts > MAX_ATTEMPTS)
@@ -216,11 +216,6 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	request.method = method;
 	request.url = url;
 	request.headers = headers;
-	if (body != NULL)
-	{
-		request.body = VARDATA_ANY(body);
-		request.body_len = VARSIZE_ANY_EXHDR(body);
-	}
 	request.timeout_ms = timeout_ms;
 	request.connect_timeout_ms = timeout_ms;
 	request.allow_http = true;
@@ -233,7 +228,7 @@ redrive_http_request(PG_FUNCTION_ARGS)
 	values[0] = TimestampTzGetDatum(started_at);
 	values[1] = ObjectIdGetDatum(GetUserId());
 	values[2] = CStringGetTextDatum(method);
-	values[3] = CStringGetTextDatum(host_of(url));
+	values[3] = CStringGetTextDatum(host);
 	values[4] = BoolGetDatum(outcome.ok);
 	values[5] = Int32GetDatum(outcome.status);
 	values[6] = Int32GetDatum(outcome.attempts);

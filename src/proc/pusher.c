@@ -46,7 +46,6 @@ static MemoryContext results_cxt;	/* texts of results */
 static MemoryContext claim_cxt; /* one claim */
 static ResourceOwner sending_owner;
 static RedriveHttp *http;
-static char *http_ca_file;		/* that http was made for */
 static int	http_room;
 static WaitEventSet *wait_set;
 static List *platforms = NIL;
@@ -67,21 +66,19 @@ destroy_http(int code, Datum arg)
 }
 
 /*
- * Make what requests need, anew when a setting it depends on has changed and
- * nothing is under way: its connections were made with the old one.
+ * Make what requests need, anew when there shall be room for more or fewer and
+ * nothing is under way.
  */
 static void
 prepare_http(void)
 {
-	if (http != NULL && (redrive_http_in_flight(http) > 0 ||
-						 (http_room == redrive_push_max_in_flight && strcmp(http_ca_file, redrive_http_ca_file) == 0)))
+	if (http != NULL && (redrive_http_in_flight(http) > 0 || http_room == redrive_push_max_in_flight))
 		return;
 	if (wait_set != NULL)
 		FreeWaitEventSet(wait_set);
 	wait_set = NULL;
 	destroy_http(0, (Datum) 0);
 	http_room = redrive_push_max_in_flight;
-	http_ca_file = MemoryContextStrdup(pusher_cxt, redrive_http_ca_file);
 	http = redrive_http_create(http_room);
 	wait_set = redrive_wait_set(3);
 	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
@@ -393,6 +390,8 @@ reload_settings(void)
 {
 	ConfigReloadPending = false;
 	ProcessConfigFile(PGC_SIGHUP);
+	if (http != NULL)
+		redrive_http_reload(http);
 }
 
 /* Main function of the pusher; arg is the database. */

@@ -11,7 +11,7 @@ use JSON::PP;
 use PostgreSQL::Test::Utils;
 use Time::HiRes qw(time usleep);
 
-our @EXPORT = qw(start_receiver stop_receiver received wait_for_request platform);
+our @EXPORT = qw(start_receiver stop_receiver received wait_for_request wait_for_file platform);
 
 # Start a receiver, with a certificate one that speaks TLS; return { port, dir, process }.  See test/receiver.py.
 sub start_receiver
@@ -52,6 +52,16 @@ sub wait_for_request
 
 	usleep(10_000) until received($receiver, $path) >= $n || time() > $end;
 	return received($receiver, $path) >= $n;
+}
+
+# Wait until there is a file; return whether there is.
+sub wait_for_file
+{
+	my ($file) = @_;
+	my $end = time() + 60;
+
+	usleep(10_000) until -e $file || time() > $end;
+	return -e $file;
 }
 
 # Create a platform that pushes to the receiver.

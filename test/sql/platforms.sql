@@ -24,6 +24,8 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.create_platform('x', 'http://x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'ftp://x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'https://')$$),
+    ($$SELECT redrive.create_platform('x', 'https:/x.example/')$$),
+    ($$SELECT redrive.create_platform('x', 'https:///x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'https://u:secret@x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/#a')$$),
     ($$SELECT redrive.create_platform('x', E'https://x.example/\r\nHost: y')$$),
@@ -49,6 +51,8 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.alter_platform('crm', allow_cidr => '{10.0.0.0/8}')$$),
     ($$SELECT redrive.alter_platform('crm', unset => '{url}')$$),
     ($$SELECT redrive.alter_platform('crm', url => 'http://x.example/')$$),
+    ($$SELECT redrive.alter_platform('crm', headers => '{"A": "b\nHost: c"}')$$),
+    ($$SELECT redrive.alter_platform('crm', headers => '{"A\r\nHost: c": "b"}')$$),
     ($$SELECT redrive.alter_platform('none')$$),
     ($$SELECT redrive.set_platform_secret('crm', 'password', 'not shown')$$),
     ($$SELECT redrive.set_platform_secret('crm', 'signing', 'not shown')$$),
@@ -168,13 +172,22 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.http_request('FETCH', 'https://x.example/')$$),
     ($$SELECT redrive.http_request(NULL, 'https://x.example/')$$),
     ($$SELECT redrive.http_request('GET', 'no url')$$),
+    ($$SELECT redrive.http_request('GET', 'https:/10.0.0.1/')$$),
+    ($$SELECT redrive.http_request('GET', 'https:///10.0.0.1/')$$),
+    ($$SELECT redrive.http_request('GET', E'https://x.example/ HTTP/1.1\r\nHost: y')$$),
+    ($$SELECT redrive.http_request(E'GET / HTTP/1.1\r\nHost: y', 'https://x.example/')$$),
     ($$SELECT redrive.http_request('GET', 'https://x.example/', timeout => '0')$$),
     ($$SELECT redrive.http_request('GET', 'https://x.example/', timeout => '2 h')$$),
     ($$SELECT redrive.http_request('GET', 'https://x.example/', retry_delay => '-1 s')$$),
     ($$SELECT redrive.http_request('GET', 'https://x.example/', max_attempts => 0)$$),
     ($$SELECT redrive.http_request('POST', 'https://x.example/', repeat('x', 1048577))$$),
-    ($$SELECT redrive.http_request('POST', 'https://x.example/', headers => '{"Host": "y"}')$$)
+    ($$SELECT redrive.http_request('POST', 'https://x.example/', headers => '{"Host": "y"}')$$),
+    ($$SELECT redrive.http_request('POST', 'https://x.example/', headers => '{"A": "b\r\nAuthorization: c"}')$$),
+    ($$SELECT redrive.http_request('POST', 'https://x.example/', headers => '{"A\nB": "c"}')$$)
 ) AS x (statement) CROSS JOIN LATERAL fails(x.statement) AS f;
+BEGIN READ ONLY;
+SELECT fails($$SELECT redrive.http_request('GET', 'https://10.0.0.1/')$$);
+COMMIT;
 SELECT count(*) FROM redrive.http_log;
 
 -- The purge keeps what is still to be pushed.

@@ -52,7 +52,8 @@ $primary->safe_psql('postgres', "CALL await('SELECT count(*) > 300 FROM effects'
 $primary->wait_for_catchup($standby, 'replay', $primary->lsn('insert'));
 
 # what writes says where to go, what reads works; fails without redrive_require_writable()
-foreach my $statement (q{SELECT redrive.submit('work', ARRAY['1']::jsonb[])}, q{SELECT redrive.pause_handler('work')}, 'CALL redrive.work()')
+foreach my $statement (q{SELECT redrive.submit('work', ARRAY['1']::jsonb[])}, q{SELECT redrive.pause_handler('work')}, 'CALL redrive.work()',
+	q{SELECT redrive.http_request('GET', 'https://10.0.0.1/')})
 {
 	(undef, undef, my $said) = $standby->psql('postgres', $statement);
 	like($said, qr/cannot be called in a read-only transaction.*DETAIL:  This server is a standby\.\nHINT:  Connect to the primary/s, "on a standby: $statement");
