@@ -186,14 +186,22 @@ redrive_http_create(int max_transfers)
 
 /*
  * The settings may have changed, or the file with certificates: what begins
- * from now on uses them and none of the connections that there are.
+ * from now on uses them and none of the connections that there are, and so many
+ * requests may be under way.
  *
  * Errors: 53200 without memory.
  */
 void
-redrive_http_reload(RedriveHttp *http)
+redrive_http_reload(RedriveHttp *http, int max_transfers)
 {
-	if (!add_pool(http))
+	Transfer  **transfers = realloc(http->transfers, Max(max_transfers, http->n_made) * sizeof(Transfer *));
+
+	if (transfers != NULL)
+	{
+		http->transfers = transfers;
+		http->n_transfers = max_transfers;
+	}
+	if (transfers == NULL || !add_pool(http))
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	free_old_pools(http);
 }

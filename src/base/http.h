@@ -60,7 +60,7 @@ typedef struct RedriveHttpResult
 } RedriveHttpResult;
 
 extern RedriveHttp *redrive_http_create(int max_transfers);
-extern void redrive_http_reload(RedriveHttp *http);
+extern void redrive_http_reload(RedriveHttp *http, int max_transfers);
 extern int	redrive_http_fd(RedriveHttp *http);
 extern long redrive_http_timeout_ms(RedriveHttp *http);
 extern bool redrive_http_start(RedriveHttp *http, const RedriveHttpRequest *request);

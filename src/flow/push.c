@@ -36,7 +36,7 @@ static RedriveSql claim_pushes = {
 	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key FROM redrive.pushes AS x"
 	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
 	"  AND x.push_id NOT IN (SELECT unnest($7))"
-	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d),"
+	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d LIMIT $8),"
 	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
 	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_MAX_BODY) " THEN"
@@ -48,8 +48,8 @@ static RedriveSql claim_pushes = {
 	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)"
 	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
 	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.probe, w.body, c.claim_id"
-	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id",
-	.nargs = 7,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID}
+	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id",
+	.nargs = 8,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID}
 };
 
 /* $2 are those that have been claimed. */
@@ -108,6 +108,7 @@ under_way(Platform **platforms, int n, List *claimed)
 List *
 redrive_claim_pushes(List *platforms, int room, int64 pusher)
 {
+	static int	first = 0;
 	const TimestampTz now = GetCurrentTimestamp();
 	MemoryContext result_cxt = CurrentMemoryContext;
 	int			n_active = 0;
@@ -119,7 +120,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	Datum	   *probes = palloc(size * sizeof(Datum));
 	Datum	   *built = palloc(size * sizeof(Datum));
 	Platform  **asked = palloc(size * sizeof(Platform *));
-	Datum		values[7];
+	Datum		values[8];
 	PushClaim  *claim = NULL;
 	List	   *claimed = NIL;
 	ListCell   *lc;
@@ -134,13 +135,14 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	 * too
 	 */
 	share = Min(redrive_push_max_in_flight / Max(n_active, 1), redrive_push_max_in_flight - redrive_push_max_in_flight / 8);
-	foreach(lc, platforms)
+	for (int i = 0; i < list_length(platforms); i++)
 	{
-		Platform   *p = lfirst(lc);
+		/* each time another comes first: there may not be room for all */
+		Platform   *p = list_nth(platforms, (i + first) % list_length(platforms));
 		int			own;
 
 		p->share = Max(share, 1);
-		own = Min(redrive_room_of(p, now), room);
+		own = redrive_room_of(p, now);
 		p->asked = 0;
 		if (own <= 0 || !p->more_due)
 			continue;
@@ -150,11 +152,11 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 		probes[n] = BoolGetDatum(p->breaker == BREAKER_HALF_OPEN);
 		built[n] = BoolGetDatum(p->has_build);
 		asked[n] = p;
-		room -= own;
 		n++;
 	}
 	if (n == 0)
 		return NIL;
+	first = (first + 1) % list_length(platforms);
 	values[0] = redrive_array(INT4OID, n, ids, NULL);
 	values[1] = redrive_array(INT4OID, n, rooms, NULL);
 	values[2] = redrive_array(BOOLOID, n, probes, NULL);
@@ -162,6 +164,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	values[4] = TimestampTzGetDatum(now);
 	values[5] = Int64GetDatum(pusher);
 	values[6] = under_way(asked, n, NIL);
+	values[7] = Int32GetDatum(room);
 	rows = redrive_sql(&claim_pushes, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -198,9 +201,9 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 		claimed = lappend(claimed, c);
 		MemoryContextSwitchTo(old_cxt);
 	}
-	/* who gave less than was asked for has no more */
+	/* who gave less than was asked for has no more, if there was room for all */
 	foreach(lc, platforms)
-		if (((Platform *) lfirst(lc))->asked > 0)
+		if (((Platform *) lfirst(lc))->asked > 0 && rows < room)
 		((Platform *) lfirst(lc))->more_due = false;
 	redrive_free_rows();
 	return claimed;

@@ -46,7 +46,6 @@ static MemoryContext results_cxt;	/* texts of results */
 static MemoryContext claim_cxt; /* one claim */
 static ResourceOwner sending_owner;
 static RedriveHttp *http;
-static int	http_room;
 static WaitEventSet *wait_set;
 static List *platforms = NIL;
 static int64 platforms_version = -1;
@@ -65,21 +64,11 @@ destroy_http(int code, Datum arg)
 	http = NULL;
 }
 
-/*
- * Make what requests need, anew when there shall be room for more or fewer and
- * nothing is under way.
- */
+/* Make what requests need. */
 static void
 prepare_http(void)
 {
-	if (http != NULL && (redrive_http_in_flight(http) > 0 || http_room == redrive_push_max_in_flight))
-		return;
-	if (wait_set != NULL)
-		FreeWaitEventSet(wait_set);
-	wait_set = NULL;
-	destroy_http(0, (Datum) 0);
-	http_room = redrive_push_max_in_flight;
-	http = redrive_http_create(http_room);
+	http = redrive_http_create(redrive_push_max_in_flight);
 	wait_set = redrive_wait_set(3);
 	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(wait_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -239,7 +228,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 	if (may_claim)
 	{
 		int64		version = redrive_platforms_version();
-		int			room = http_room - redrive_http_in_flight(http);
+		int			room = redrive_push_max_in_flight - redrive_http_in_flight(http);
 		Platform   *alone = platform_alone();
 
 		if (version != platforms_version)
@@ -390,8 +379,7 @@ reload_settings(void)
 {
 	ConfigReloadPending = false;
 	ProcessConfigFile(PGC_SIGHUP);
-	if (http != NULL)
-		redrive_http_reload(http);
+	redrive_http_reload(http, redrive_push_max_in_flight);
 }
 
 /* Main function of the pusher; arg is the database. */
@@ -418,6 +406,7 @@ redrive_pusher_main(Datum arg)
 	/* unlike those of all pushers before; leases are held under this number */
 	pusher = ((int64) GetCurrentTimestamp() / 1000) * 4194304 % INT64CONST(0x7fffffffffff) + MyProcPid;
 	before_shmem_exit(destroy_http, (Datum) 0);
+	prepare_http();
 
 	while (!ShutdownRequestPending)
 	{
@@ -431,7 +420,6 @@ redrive_pusher_main(Datum arg)
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload_settings();
-		prepare_http();
 
 		/* what nobody has told us of is found now and then */
 		if (TimestampDifferenceExceeds(reaped_at, now, TICK_MS))

@@ -140,6 +140,18 @@ my ($last_busy) = reverse received($receiver, '/delay/0.02');
 cmp_ok((received($receiver, '/first/2'))[2]->{at}, '<', $last_busy->{at}, '... which had its retries meanwhile');
 start_over();
 
+# More platforms than requests may be under way.
+#
+# Seen red: with the room shared out among those that may have something due, before it was known who has.
+$node->append_conf('postgresql.conf', 'redrive.push_max_in_flight = 4');
+$node->reload;
+platform($node, $receiver, "p$_", "/ok/p$_") foreach 1 .. 15;
+sql("SELECT redrive.record_task('everywhere', 'new')");
+ok(poll_until($node, "SELECT count(*) = 15 FROM redrive.push_status WHERE state = 'delivered'", 't', timeout => 20), 'each of many platforms has its push');
+$node->append_conf('postgresql.conf', 'redrive.push_max_in_flight = 128');
+$node->reload;
+start_over();
+
 # An outage behind 200: success_when tells, the breaker learns.
 #
 # Seen red: with redrive_teach_platform() before the answer was judged.
