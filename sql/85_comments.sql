@@ -446,7 +446,7 @@ COMMENT ON FUNCTION redrive._resume_handler IS 'Body of resume_handler()';
 COMMENT ON FUNCTION redrive._retry_failed IS 'Body of the pass retry_failed';
 COMMENT ON FUNCTION redrive._seal_batch IS 'Body of seal_batch()';
 COMMENT ON FUNCTION redrive._slots IS 'Worker slots of this database in shared memory';
-COMMENT ON FUNCTION redrive._truncate_part IS 'Truncate the partitions of a part without batches';
+COMMENT ON FUNCTION redrive._truncate_part IS 'Truncate the partitions of a part that is empty';
 COMMENT ON FUNCTION redrive._fold_ended IS 'Fold ended chunks that nobody folded';
 COMMENT ON FUNCTION redrive._unlock_keys IS 'Unlock keys of a batch and leave on_unlock to a worker';
 COMMENT ON FUNCTION redrive._unlock_range IS 'Unlock the keys of items that became final outside of a worker';
