@@ -5,10 +5,10 @@
 -- before p_since it had all last time: with NULL all are looked at, else
 -- those that changed since then, or have become too old since then.
 -- all_done is false if there is more, or if somebody who records a task now has locked it.
-CREATE FUNCTION redrive._plan_platform(p_platform_id int, p_as_of timestamptz, p_since timestamptz DEFAULT NULL, OUT planned bigint, OUT expired bigint, OUT all_done boolean, OUT more boolean)
+CREATE FUNCTION redrive._plan_platform(p_platform_id int, p_as_of timestamptz, p_since timestamptz DEFAULT NULL, p_portion int DEFAULT 50000,
+    OUT planned bigint, OUT expired bigint, OUT all_done boolean, OUT more boolean)
 LANGUAGE plpgsql AS $$
 DECLARE
-    c_portion constant int := 50000;
     p redrive.platforms;
     v_missing bigint;
     v_ids bigint[];
@@ -22,8 +22,9 @@ BEGIN
           AND NOT EXISTS (
             SELECT FROM redrive.pushes AS u
             WHERE u.task_id = t.task_id AND u.platform_id = p_platform_id AND u.wanted_version >= t.version
-              AND NOT (u.state = 'delivered' AND u.pushed_version < u.wanted_version))
-        LIMIT c_portion)
+              AND NOT (u.state = 'delivered' AND u.pushed_version < u.wanted_version)
+            OFFSET 0) -- looked up one by one: of a new platform the planner knows nothing
+        LIMIT p_portion)
     SELECT count(*), array_agg(x.task_id) FILTER (WHERE x.task_id IS NOT NULL) INTO v_missing, v_ids
     FROM missing AS m
     LEFT JOIN LATERAL (SELECT t.task_id FROM redrive.tasks AS t WHERE t.task_id = m.task_id FOR SHARE SKIP LOCKED) AS x ON true;
@@ -34,7 +35,7 @@ BEGIN
         FROM redrive.tasks AS t
         JOIN redrive.pushes AS u ON u.task_id = t.task_id AND u.platform_id = p_platform_id AND u.state IN ('pending', 'waiting')
         WHERE t.owner = p.owner AND t.changed_at < p_as_of - p.push_window AND (p_since IS NULL OR t.changed_at >= p_since - p.push_window)
-        LIMIT c_portion),
+        LIMIT p_portion),
     free AS MATERIALIZED (
         SELECT o.push_id
         FROM old AS o
@@ -46,8 +47,8 @@ BEGIN
         WHERE u.push_id = f.push_id
         RETURNING u.push_id)
     SELECT (SELECT count(*) FROM old), (SELECT count(*) FROM ended) INTO v_old, expired;
-    all_done := greatest(v_missing, v_old) < c_portion AND cardinality(v_ids) IS NOT DISTINCT FROM nullif(v_missing, 0) AND expired = v_old;
-    more := (v_missing = c_portion AND planned > 0) OR (v_old = c_portion AND expired > 0);
+    all_done := greatest(v_missing, v_old) < p_portion AND cardinality(v_ids) IS NOT DISTINCT FROM nullif(v_missing, 0) AND expired = v_old;
+    more := (v_missing = p_portion AND planned > 0) OR (v_old = p_portion AND expired > 0);
 END
 $$;
 

@@ -29,7 +29,7 @@ SELECT u.platform_id, u.lease_owner, u.is_probe, now(), min(u.lease_until), arra
 FROM redrive.pushes AS u
 WHERE u.state = 'in_flight'
 GROUP BY u.platform_id, u.lease_owner, u.is_probe;
-DROP VIEW redrive.push_status, redrive.platform_health, redrive._pushed;
+DROP VIEW redrive.push_status, redrive.platform_health;
 DROP INDEX redrive.pushes_lease_idx;
 ALTER TABLE redrive.pushes
     DROP CONSTRAINT pushes_lease_check;

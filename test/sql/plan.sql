@@ -86,6 +86,15 @@ SELECT redrive.alter_platform('crm', max_retries => 3);
 SELECT * FROM states WHERE platform = 'crm';
 SELECT DISTINCT next_attempt_at > now() + interval '8 min' AS at_its_interval FROM redrive.push_status WHERE platform = 'crm' AND state = 'waiting';
 
+-- Portions: more = call again.
+BEGIN;
+DELETE FROM redrive.pushes;
+UPDATE redrive.tasks SET changed_at = now();
+SELECT n, x.* FROM generate_series(1, 3) AS n, redrive.platforms AS p, redrive._plan_platform(p.platform_id, now() + n * interval '0', NULL, 4) AS x WHERE p.name = 'crm' ORDER BY n;
+UPDATE redrive.tasks SET changed_at = now() - interval '4 days';
+SELECT n, x.* FROM generate_series(1, 3) AS n, redrive.platforms AS p, redrive._plan_platform(p.platform_id, now() + n * interval '0', NULL, 4) AS x WHERE p.name = 'crm' ORDER BY n;
+ROLLBACK;
+
 SELECT redrive.drop_platform('crm'), redrive.drop_platform('erp');
 DELETE FROM redrive.tasks;
 SELECT redrive.revoke_user('regress_plan');
