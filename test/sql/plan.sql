@@ -99,3 +99,5 @@ SELECT redrive.drop_platform('crm'), redrive.drop_platform('erp');
 DELETE FROM redrive.tasks;
 SELECT redrive.revoke_user('regress_plan');
 DROP ROLE regress_plan;
+-- Leave no statistics of what is gone.
+VACUUM ANALYZE redrive.tasks, redrive.pushes;
