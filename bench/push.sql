@@ -9,7 +9,7 @@ BEGIN
 END
 $$;
 
-CREATE ROLE slow LOGIN;
+SELECT 'CREATE ROLE slow LOGIN' WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'slow') \gexec
 SELECT redrive.grant_user('slow');
 
 -- Record p_n tasks in transactions of 1 000, as a table that is a source of tasks would.
@@ -42,4 +42,21 @@ BEGIN
     END LOOP;
     INSERT INTO recorded SELECT 'one ' || i, v_after[i] FROM generate_series(1, p_n) AS i;
 END
+$$;
+
+-- Tasks that changed at even intervals over the last 6 days and were pushed to three platforms: delivered, or
+-- waiting if they are within the window.  The platforms are paused.
+CREATE PROCEDURE make_pushes(p_n int)
+LANGUAGE sql AS $$
+    SELECT redrive.create_platform('p' || i, 'https://localhost/'), redrive.pause_platform('p' || i) FROM generate_series(1, 3) AS i;
+    INSERT INTO redrive.tasks (owner, task_key, status, payload, is_test, changed_at)
+    SELECT current_user::regrole, 'task ' || i, 'done', '{}', false, now() - interval '6 days' * i / p_n FROM generate_series(1, p_n) AS i;
+    INSERT INTO redrive.pushes (task_id, platform_id, wanted_version, wanted_status, pushed_version, pushed_status, awaits_build, state)
+    SELECT t.task_id, p.platform_id, 1, 'done', 1, 'done', false, 'delivered' FROM redrive.tasks AS t CROSS JOIN redrive.platforms AS p;
+$$;
+CREATE PROCEDURE make_waiting()
+LANGUAGE sql AS $$
+    UPDATE redrive.pushes AS u SET state = 'waiting', pushed_version = NULL, pushed_status = NULL
+    FROM redrive.tasks AS t
+    WHERE t.task_id = u.task_id AND t.changed_at > now() - interval '2 days 23 hours';
 $$;

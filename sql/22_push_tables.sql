@@ -36,7 +36,6 @@ CREATE TABLE redrive.platforms (
     allow_cidr cidr[] NOT NULL,
     paused boolean NOT NULL DEFAULT false,
     config_version bigint NOT NULL DEFAULT 1,
-    needs_plan boolean NOT NULL DEFAULT true,
     secrets redrive.secret_kind[] NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
     planned_at timestamptz,
@@ -108,6 +107,7 @@ CREATE TABLE redrive.tasks (
     CONSTRAINT tasks_task_key_check CHECK (task_key <> '' AND length(task_key) <= 1000),
     CONSTRAINT tasks_status_check CHECK (length(status) <= 1000)
 ) WITH (fillfactor = 80);
+CREATE INDEX tasks_changed_idx ON redrive.tasks (changed_at);
 COMMENT ON TABLE redrive.tasks IS 'Tasks of applications: key, status and version. They are pushed to the platforms of their owner';
 
 -- Queue and latest state in one: a row per task and platform.

@@ -438,8 +438,9 @@ LANGUAGE sql AS $$
 $$;
 
 -- Old parts.  New batches go to the current part; retention / (parts - 2)
--- later to the next one.  When all batches of a part ended longer than the
--- retention ago, their rows go, some per call, and then the part is truncated.
+-- later to the next one, and so do attempts to push.  When all batches of a part
+-- ended longer than the retention ago, and so did its attempts, the batches go, some
+-- per call, and then the part is truncated.
 CREATE FUNCTION redrive._purge(p_as_of timestamptz, p_deadline timestamptz, OUT acted bigint, OUT more boolean, OUT detail text)
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -468,7 +469,7 @@ BEGIN
         END IF;
         CASE redrive._part_state(p, v_before)
             WHEN 'empty' THEN
-                IF redrive._truncate_part(p) THEN
+                IF redrive._truncate_part(p, v_before) THEN
                     v_notes := v_notes || format('part %s truncated', p);
                     acted := acted + 1;
                 ELSIF redrive._part_bytes(p) > 0 THEN
@@ -515,14 +516,15 @@ BEGIN
 END
 $$;
 
--- empty = no batch, old = all batches ended before p_before, kept = neither.
+-- empty = nothing to keep and no batch, old = all ended before p_before, kept = neither.
 CREATE FUNCTION redrive._part_state(p_part int, p_before timestamptz) RETURNS text
-LANGUAGE sql STABLE AS $$
+LANGUAGE sql STABLE SET enable_seqscan = off AS $$
     SELECT CASE
-        WHEN NOT EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = $1) THEN 'empty'
         WHEN EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = $1 AND b.finished_at IS NULL)
-          OR EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = $1 AND b.finished_at >= $2) THEN 'kept'
-        ELSE 'old'
+          OR EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = $1 AND b.finished_at >= $2)
+          OR EXISTS (SELECT FROM redrive.push_log AS l WHERE l.part = $1 AND l.finished_at >= $2) THEN 'kept'
+        WHEN EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = $1) THEN 'old'
+        ELSE 'empty'
     END
 $$;
 
@@ -565,10 +567,10 @@ BEGIN
 END
 $$;
 
--- Truncate the partitions of a part without batches.  False when there is
--- nothing to do, or somebody uses them: a submitter whose batch cannot be seen
+-- Truncate the partitions of a part that is empty.  False when there is nothing
+-- to do, or somebody uses them: a submitter whose batch cannot be seen
 -- yet holds a lock, and the look at batches comes after ours.
-CREATE FUNCTION redrive._truncate_part(p_part int) RETURNS boolean
+CREATE FUNCTION redrive._truncate_part(p_part int, p_before timestamptz) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '300ms' AS $$
 DECLARE
     v_tables text := format('redrive.item_blocks_%1$s, redrive.failures_%1$s, redrive.failure_log_%1$s, redrive.push_log_%1$s', p_part);
@@ -577,7 +579,7 @@ BEGIN
         RETURN false;
     END IF;
     EXECUTE 'LOCK TABLE ' || v_tables || ' IN ACCESS EXCLUSIVE MODE';
-    IF EXISTS (SELECT FROM redrive.batches AS b WHERE b.part = p_part) THEN
+    IF redrive._part_state(p_part, p_before) <> 'empty' THEN
         RETURN false;
     END IF;
     EXECUTE 'TRUNCATE ' || v_tables;

@@ -149,7 +149,6 @@ BEGIN
         build = CASE WHEN 'build' = ANY (v_unset) THEN NULL ELSE coalesce(p_build, build) END,
         success_when = CASE WHEN 'success_when' = ANY (v_unset) THEN NULL ELSE coalesce(p_success_when, success_when) END,
         permanent_status = coalesce(p_permanent_status, permanent_status),
-        needs_plan = needs_plan OR coalesce(p_push_window > push_window, false),
         push_window = coalesce(p_push_window, push_window),
         timeout = coalesce(p_timeout, timeout),
         connect_timeout = coalesce(p_connect_timeout, connect_timeout),
@@ -159,6 +158,24 @@ BEGIN
         allow_http = coalesce(p_allow_http, allow_http),
         allow_cidr = coalesce(p_allow_cidr, allow_cidr)
     WHERE platform_id = p.platform_id;
+    -- a larger window or budget takes up what the old one gave up, but not what a permanent status ended
+    UPDATE redrive.pushes AS u SET
+        state = 'waiting',
+        retry_count = u.retry_count + g.exhausted::int,
+        next_attempt_at = CASE WHEN g.exhausted THEN u.failed_at + redrive._retry_delay(g.retry_interval, g.retry_factor, g.retry_delay_max, u.retry_count, u.push_id) ELSE u.next_attempt_at END,
+        error_class = CASE WHEN g.exhausted THEN u.error_class END,
+        message = CASE WHEN g.exhausted THEN u.message END
+    FROM (
+        SELECT x.push_id, x.error_class IS DISTINCT FROM 'expired' AS exhausted, n.retry_interval, n.retry_factor, n.retry_delay_max
+        FROM redrive.platforms AS n
+        JOIN redrive.pushes AS x ON x.platform_id = n.platform_id AND x.state = 'dead'
+        JOIN redrive.tasks AS t ON t.task_id = x.task_id AND NOT t.is_test AND t.changed_at >= now() - n.push_window
+        WHERE n.platform_id = p.platform_id
+          AND (x.error_class = 'expired'
+               OR (x.retry_count >= p.max_retries AND x.retry_count < n.max_retries AND (x.http_status = ANY (p.permanent_status)) IS NOT TRUE))
+        ORDER BY x.task_id
+        FOR NO KEY UPDATE OF x) AS g
+    WHERE u.push_id = g.push_id;
     PERFORM redrive._rearm(p.platform_id);
 EXCEPTION WHEN check_violation THEN
     GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
@@ -174,8 +191,8 @@ BEGIN
     UPDATE redrive.pushes AS u SET state = 'pending', next_attempt_at = now()
     FROM redrive.tasks AS t
     WHERE u.platform_id = p_platform_id AND u.state = 'blocked' AND t.task_id = u.task_id AND NOT t.is_test;
-    -- the pusher reads the platform again
-    UPDATE redrive.platforms SET config_version = config_version + 1 WHERE platform_id = p_platform_id;
+    -- the pusher reads the platform again, and the pass all its tasks
+    UPDATE redrive.platforms SET config_version = config_version + 1, planned_at = NULL WHERE platform_id = p_platform_id;
     UPDATE redrive.platform_states SET breaker = 'closed', reason = NULL, opened_at = NULL, blocked_until = NULL, times_opened = 0,
         failures_in_row = 0, successes_in_row = 0, window_attempts = 0, window_failures = 0
     WHERE platform_id = p_platform_id;
@@ -279,7 +296,7 @@ CREATE FUNCTION redrive.alter_platform(
     retry_delay_max interval DEFAULT NULL, lease interval DEFAULT NULL, unset text[] DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_alter_platform';
 COMMENT ON FUNCTION redrive.alter_platform IS
-'Change a platform. NULL leaves a setting unchanged; unset lists settings to make NULL: build, success_when, rate_limit. Takes effect with the next request; pushes that were blocked by the configuration are tried again, and the breaker is closed; with build, bodies are made anew. Errors: 42704 unknown, 42501 not yours, 22023 invalid value, 42883 no such function.';
+'Change a platform. NULL leaves a setting unchanged; unset lists settings to make NULL: build, success_when, rate_limit. Takes effect with the next request; pushes that were blocked by the configuration are tried again, and the breaker is closed; larger max_retries or push_window take up again what the smaller ones gave up; with build, bodies are made anew. Errors: 42704 unknown, 42501 not yours, 22023 invalid value, 42883 no such function.';
 
 CREATE FUNCTION redrive.drop_platform(name text) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';

@@ -30,7 +30,7 @@ BEGIN
         retry_count = 0,
         free_count = 0,
         next_attempt_at = now()
-    WHERE u.wanted_version < excluded.wanted_version OR u.state = 'blocked';
+    WHERE u.wanted_version < excluded.wanted_version OR u.state = 'blocked' OR (u.state = 'delivered' AND u.pushed_version < u.wanted_version);
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
 END

@@ -74,6 +74,20 @@ SELECT h.requested_at, pg_get_userbyid(h.requested_by) AS role, h.method, h.host
 FROM redrive.http_log AS h
 WHERE pg_has_role(h.requested_by::oid, 'USAGE');
 
+-- What a platform was created or altered with.  Of the address a monitor sees
+-- the host, and of headers the names: the rest may hold what the platform keeps
+-- to itself.  Of secrets there are the kinds that were set.
+CREATE VIEW redrive.platform_settings WITH (security_barrier) AS
+SELECT p.name AS platform, pg_get_userbyid(p.owner) AS owner,
+    CASE WHEN m.mine THEN p.url ELSE substring(p.url FROM '^[^:]+://[^/?#]*') END AS url,
+    p.method,
+    CASE WHEN m.mine THEN p.headers ELSE (SELECT coalesce(jsonb_object_agg(h.name, NULL), '{}') FROM jsonb_object_keys(p.headers) AS h (name)) END AS headers,
+    p.secrets, p.build, p.success_when, p.max_retries, p.retry_interval, p.retry_factor, p.retry_delay_max, p.permanent_status, p.push_window,
+    p.timeout, p.connect_timeout, p.lease, p.max_in_flight, p.rate_limit, p.allow_http, p.allow_cidr, p.paused, p.created_at
+FROM redrive.platforms AS p
+CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
+WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+
 -- Why a status has not arrived.
 CREATE FUNCTION redrive._why_push(p_caller oid, p_task_key text, p_platform text) RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE plpgsql STABLE AS $$

@@ -214,6 +214,17 @@ LANGUAGE sql STABLE AS $$
     WHERE s.value NOT IN ('0', 'off', 'false', 'no')
 $$;
 
+-- The pusher needs a socket for each push that is under way.
+CREATE FUNCTION redrive._max_sockets() RETURNS int
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__max_sockets';
+
+CREATE FUNCTION redrive._doctor_sockets(p_wanted int, p_sockets int) RETURNS TABLE (severity text, finding text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT 'warning', format('redrive.push_max_in_flight is %s, but the pusher may open only %s sockets: a third of max_files_per_process, %s, or of the limit of the server.', $1, $2, current_setting('max_files_per_process')),
+        format('ALTER SYSTEM SET max_files_per_process = %s; and restart the server with a limit of open files as large (LimitNOFILE of its service); or ALTER SYSTEM SET redrive.push_max_in_flight = %s; SELECT pg_reload_conf();', 3 * $1 + 100, $2)
+    WHERE $1 > $2
+$$;
+
 -- Platforms: what keeps their pushes from being sent.
 CREATE FUNCTION redrive._doctor_pushes(p_as_of timestamptz) RETURNS TABLE (severity text, finding text, remedy text)
 LANGUAGE sql STABLE AS $$
@@ -230,9 +241,9 @@ LANGUAGE sql STABLE AS $$
     WHERE u.state = 'dead'
     GROUP BY p.name
     UNION ALL
-    SELECT 'warning', format('%s pushes to platform "%s" are blocked.', count(*), p.name), format('SELECT message FROM redrive.push_status WHERE platform = %1$L AND state = ''blocked''; then SELECT redrive.alter_platform(%1$L, ...);', p.name)
+    SELECT 'warning', format('%s pushes to platform "%s" are blocked, for example: %s', count(*), p.name, min(u.message)), format('SELECT task_key, message FROM redrive.push_status WHERE platform = %1$L AND state = ''blocked''; then SELECT redrive.alter_platform(%1$L, ...);', p.name)
     FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
-    WHERE u.state = 'blocked'
+    WHERE u.state = 'blocked' AND u.error_class IS DISTINCT FROM 'test'
     GROUP BY p.name
     UNION ALL
     SELECT 'error', format('%s pushes have been under way for longer than their lease.', count(*)), 'CALL redrive.run_pass(''push_tasks''); and look whether a process "redrive pusher" is in pg_stat_activity'
@@ -244,6 +255,15 @@ LANGUAGE sql STABLE AS $$
     WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE NOT p.paused) AND redrive._preloaded() AND coalesce(current_setting('redrive.enabled', true), 'on')::boolean
       AND NOT pg_is_in_recovery()
       AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database())
+    UNION ALL
+    SELECT s.severity, s.finding, s.remedy
+    FROM redrive._doctor_sockets(coalesce(current_setting('redrive.push_max_in_flight', true), '128')::int, redrive._max_sockets()) AS s
+    WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE NOT p.paused)
+    UNION ALL
+    SELECT 'warning', format('The last attempt to push happened at %s, and now it is %s: the clock was set back.', redrive._seconds(l.last_at), redrive._seconds(p_as_of)),
+        'set the clock right; until it has caught up, retries and the end of leases are late'
+    FROM (SELECT max(greatest(s.last_delivered_at, s.last_failed_at)) AS last_at FROM redrive.platform_states AS s) AS l
+    WHERE l.last_at > p_as_of + interval '1 min'
 $$;
 
 CREATE FUNCTION redrive._doctor_at(p_as_of timestamptz) RETURNS TABLE (severity text, finding text, remedy text)

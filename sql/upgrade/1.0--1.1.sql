@@ -2,8 +2,9 @@
 -- and views that are dropped, or of which the result or the arguments change (DROP them here; they are made anew below).
 
 CREATE INDEX pushes_given_up_idx ON redrive.pushes (platform_id) WHERE state IN ('dead', 'blocked');
-ALTER TABLE redrive.platforms ADD COLUMN planned_at timestamptz;
-DROP FUNCTION redrive._plan_platform(int, timestamptz);
+ALTER TABLE redrive.platforms ADD COLUMN planned_at timestamptz, DROP COLUMN needs_plan;
+DROP FUNCTION redrive._plan_platform(int, timestamptz), redrive._truncate_part(int);
+CREATE INDEX tasks_changed_idx ON redrive.tasks (changed_at);
 DROP INDEX redrive.pushes_due_idx, redrive.pushes_build_idx;
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
 DROP FUNCTION redrive._fold_ended();

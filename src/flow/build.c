@@ -35,8 +35,8 @@
 
 /* One executor at a time builds for a platform. */
 static RedriveSql lock_platform = {
-	"SELECT p.platform_id::int8 AS platform_id, p.name, p.build FROM ("
-	" SELECT x.platform_id, x.name, x.build FROM redrive.platforms AS x"
+	"SELECT p.platform_id::int8 AS platform_id, p.name, p.build, p.config_version FROM ("
+	" SELECT x.platform_id, x.name, x.build, x.config_version FROM redrive.platforms AS x"
 	" WHERE x.owner = $1 AND x.build IS NOT NULL AND NOT x.paused AND EXISTS (SELECT FROM redrive.pushes AS u"
 	"  WHERE u.platform_id = x.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= $2) OFFSET 0) AS p"
 	" WHERE redrive._lock_pass('build ' || p.platform_id) LIMIT 1",
@@ -52,6 +52,15 @@ static RedriveSql due_builds = {
 	"  ORDER BY x.next_attempt_at LIMIT $3) AS u"
 	" CROSS JOIN LATERAL (SELECT z.* FROM redrive.tasks AS z WHERE z.task_id = u.task_id OFFSET 0) AS t",
 	.nargs = 3,.argtypes = {INT4OID, TIMESTAMPTZOID, INT4OID}
+};
+
+/*
+ * Keep the platform as it was when its function was read: waits for who gives it
+ * another one or drops it, and finds nothing if that was done.
+ */
+static RedriveSql keep_platform = {
+	"SELECT FROM redrive.platforms AS p WHERE p.platform_id = $1 AND p.config_version = $2 FOR KEY SHARE",
+	2, {INT4OID, INT8OID}
 };
 
 /*
@@ -108,11 +117,11 @@ redrive_built_body(Datum result, bool isnull, MemoryContext cxt)
 				 errhint("Return the body of the request as jsonb.")));
 	jsonb = DatumGetJsonbP(result);
 	body = JsonbToCString(NULL, &jsonb->root, VARSIZE(jsonb));
-	if (strlen(body) > REDRIVE_MAX_BODY)
+	if (strlen(body) > REDRIVE_HTTP_MAX_BODY)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("the body that the build function returned is too long"),
-				 errdetail("It has %zu bytes, of %d at most.", strlen(body), REDRIVE_MAX_BODY),
+				 errdetail("It has %zu bytes, of %d at most.", strlen(body), REDRIVE_HTTP_MAX_BODY),
 				 errhint("Send less, a reference to the rest for example.")));
 	return MemoryContextStrdup(cxt, body);
 }
@@ -129,6 +138,8 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	Datum		values[5];
 	char	   *function;
 	char	   *name;
+	int32		platform_id;
+	int64		config_version;
 	uint64		rows;
 	Datum	   *tasks;
 	Datum	   *ids;
@@ -145,7 +156,9 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 		return false;
 	function = redrive_text(0, "build", CurrentMemoryContext);
 	name = redrive_text(0, "name", CurrentMemoryContext);
-	values[0] = Int32GetDatum((int32) redrive_int64(0, "platform_id"));
+	platform_id = (int32) redrive_int64(0, "platform_id");
+	config_version = redrive_int64(0, "config_version");
+	values[0] = Int32GetDatum(platform_id);
 	values[2] = Int32GetDatum(BUILDS_AT_ONCE);
 	rows = redrive_sql(&due_builds, values, NULL);
 	if (rows == 0)
@@ -189,13 +202,19 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 		if (GetCurrentTimestamp() - now >= BUILD_INTERVAL_US || redrive_live_subxacts() >= MAX_LIVE_SUBXACTS || redrive_stop_requested())
 			break;
 	}
-	values[0] = redrive_array(INT8OID, n, ids, NULL);
-	values[1] = redrive_array(INT8OID, n, versions, NULL);
-	values[2] = redrive_array(TEXTOID, n, bodies, failed);
-	values[3] = redrive_array(TEXTOID, n, errors, succeeded);
-	values[4] = TimestampTzGetDatum(now);
-	(void) redrive_sql(&record_builds, values, NULL);
-	redrive_wake_pusher_at_commit();
+	values[0] = Int32GetDatum(platform_id);
+	values[1] = Int64GetDatum(config_version);
+	/* before any push is locked, as everywhere; else they are made again */
+	if (redrive_sql(&keep_platform, values, NULL) > 0)
+	{
+		values[0] = redrive_array(INT8OID, n, ids, NULL);
+		values[1] = redrive_array(INT8OID, n, versions, NULL);
+		values[2] = redrive_array(TEXTOID, n, bodies, failed);
+		values[3] = redrive_array(TEXTOID, n, errors, succeeded);
+		values[4] = TimestampTzGetDatum(now);
+		(void) redrive_sql(&record_builds, values, NULL);
+		redrive_wake_pusher_at_commit();
+	}
 	redrive_commit();
 	slot->state = SLOT_CLAIMING;
 	return true;

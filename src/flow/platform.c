@@ -82,12 +82,19 @@ redrive__retry_delay(PG_FUNCTION_ARGS)
 {
 	int64		base = interval_us(PG_GETARG_INTERVAL_P(0));
 	int64		most = interval_us(PG_GETARG_INTERVAL_P(2));
-	int64		delay = redrive_backoff(base, PG_GETARG_FLOAT8(1), most, PG_GETARG_INT32(3), (uint64) PG_GETARG_INT64(4));
-	int64		full = (int64) Min((double) most, base * pow(PG_GETARG_FLOAT8(1), PG_GETARG_INT32(3)));
+	double		factor = PG_GETARG_FLOAT8(1);
+	int			n = PG_GETARG_INT32(3);
 	Interval   *result = palloc0(sizeof(Interval));
 
-	/* the jitter only shortens, here it shall lengthen: not before the time */
-	result->time = full + (full - delay);
+	/* 0 times a power that overflowed is no number */
+	if (base > 0)
+	{
+		int64		delay = redrive_backoff(base, factor, most, n, (uint64) PG_GETARG_INT64(4));
+		int64		full = (int64) Min((double) most, base * pow(factor, n));
+
+		/* the jitter only shortens, here it shall lengthen */
+		result->time = full + (full - delay);
+	}
 	PG_RETURN_INTERVAL_P(result);
 }
 

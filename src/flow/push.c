@@ -39,7 +39,7 @@ static RedriveSql claim_pushes = {
 	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d LIMIT $8),"
 	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
-	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_MAX_BODY) " THEN"
+	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN"
 	"    json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
 	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text END AS body"
 	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id"

@@ -19,9 +19,6 @@
 /* How much of an answer is kept in the log. */
 #define REDRIVE_KEPT_ANSWER 4096
 
-/* The longest body that is sent. */
-#define REDRIVE_MAX_BODY 1048576
-
 typedef enum BreakerState
 {
 	BREAKER_CLOSED,				/* requests are sent -> OPEN */

@@ -12,6 +12,7 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "storage/fd.h"
 #include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -27,6 +28,7 @@
 PG_FUNCTION_INFO_V1(redrive__slots);
 PG_FUNCTION_INFO_V1(redrive__processes);
 PG_FUNCTION_INFO_V1(redrive__library_version);
+PG_FUNCTION_INFO_V1(redrive__max_sockets);
 PG_FUNCTION_INFO_V1(redrive__owner_needs_login);
 
 static const char *
@@ -159,6 +161,13 @@ redrive__processes(PG_FUNCTION_ARGS)
 	values[5] = PointerGetDatum(construct_array(held_back, n_held_back, OIDOID, sizeof(Oid), true, TYPALIGN_INT));
 	nulls[5] = false;
 	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+}
+
+/* SQL: _max_sockets(), how many AcquireExternalFD() gives to a process */
+Datum
+redrive__max_sockets(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_INT32(max_safe_fds / 3);
 }
 
 /* SQL: _library_version(), that of the library that is loaded */

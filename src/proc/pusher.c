@@ -131,7 +131,7 @@ send_push(Claimed *claimed)
 	RedriveHttpRequest request = {0};
 
 	p->in_flight++;
-	if (claimed->body == NULL || body_len > REDRIVE_MAX_BODY)
+	if (claimed->body == NULL || body_len > REDRIVE_HTTP_MAX_BODY)
 	{
 		refuse_body(push);
 		return;

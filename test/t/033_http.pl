@@ -205,8 +205,8 @@ $node->safe_psql('postgres', "SELECT redrive.create_platform(name, 'https://127.
 platform($node, $receiver, 'large', '/large');
 $node->safe_psql('postgres', "SELECT redrive.record_task('small', 'done'), redrive.record_task('large', 'done', to_jsonb(repeat('x', 1048576)))");
 ok( poll_until($node, "SELECT string_agg(format('%s %s %s %s %s', platform, task_key, state, error_class, message), E'\\n' ORDER BY platform, task_key) FROM redrive.push_status",
-		"large large blocked policy the body is longer than 1048576 bytes\nlarge small delivered  \n"
-		  . join "\n", map { "$_ blocked policy the URL is not one that requests can be sent to" } 'no host large', 'no host small', 'no https large', 'no https small'),
+		join "\n", 'large large blocked body The body is longer than 1 MiB.', 'large small delivered  ',
+		map { ("$_ large blocked body The body is longer than 1 MiB.", "$_ small blocked policy the URL is not one that requests can be sent to") } 'no host', 'no https'),
 	'blocked are a scheme that is not allowed, a URL without host and a body that is too long');
 is(scalar(received($receiver, '/blocked')) . scalar(received($receiver, '/large')), '01', '... of which nothing was sent');
 is($node->safe_psql('postgres', 'SELECT max(retry_count) FROM redrive.push_status'), 0, '... which costs nothing');
