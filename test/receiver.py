@@ -8,7 +8,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
-    /deep/N (N arrays in each other)  /picky (500 to the task "bad")
+    /echo/N (N bytes, then the header Authorization)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
@@ -35,14 +35,16 @@ async def answer(writer, status, body=b"{}", headers=""):
     await writer.drain()
 
 
-async def behave(path, number, body, reader, writer):
+async def behave(path, number, headers, body, reader, writer):
     word, *rest = path.strip("/").split("/")
     if os.path.exists(os.path.join(directory, "down")):
         await answer(writer, 500)
     elif word == "chaos":
         rolls.setdefault(rest[0], random.Random(rest[0]))
         chaos = os.path.exists(os.path.join(directory, "chaos"))
-        await behave(rolls[rest[0]].choice(CHAOS) if chaos else "/ok", number, body, reader, writer)
+        await behave(rolls[rest[0]].choice(CHAOS) if chaos else "/ok", number, headers, body, reader, writer)
+    elif word == "echo":
+        await answer(writer, 200, ("x" * int(rest[0]) + headers["authorization"]).encode())
     elif word == "status":
         await answer(writer, int(rest[0]))
     elif word == "retry-after":
@@ -110,7 +112,7 @@ async def serve(reader, writer):
             seen[key] = seen.get(key, 0) + 1
             log.write(json.dumps({"at": time.time(), "method": method, "path": path, "id": key, "sequence": headers.get("webhook-sequence"),
                                   "signed": signed(headers, body), "headers": headers, "body": body.decode("utf-8", "replace")}) + "\n")
-            await behave(path, seen[key], body, reader, writer)
+            await behave(path, seen[key], headers, body, reader, writer)
     except (asyncio.IncompleteReadError, ConnectionError):
         pass
     finally:

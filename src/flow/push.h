@@ -44,6 +44,8 @@ typedef struct Platform
 	const char **headers;		/* with room for ours at the end */
 	int			n_headers;
 	char	   *signing[2];		/* keys, or NULL */
+	char	   *hidden[5];		/* what is not kept of an answer; NULL =
+								 * unused */
 	RedriveAddressRange *allow;
 	int			n_allow;
 	int			timeout_ms;

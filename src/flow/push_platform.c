@@ -102,6 +102,7 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	Datum	   *values;
 	int			n;
 	bool		has_type = false;
+	int			n_hidden = 0;
 	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 
 	p->name = redrive_text(row, "name", cxt);
@@ -120,6 +121,7 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	p->signing[1] = redrive_text(row, "signing_previous", cxt);
 	p->trouble = redrive_bool(row, "secrets_lost") ? "its secrets are missing" : NULL;
 
+	memset(p->hidden, 0, sizeof(p->hidden));
 	p->headers = redrive_check_headers(headers, false, OUR_HEADERS);
 	for (p->n_headers = 0; p->headers[p->n_headers] != NULL; p->n_headers++)
 		if (pg_strncasecmp(p->headers[p->n_headers], "content-type:", 13) == 0)
@@ -136,7 +138,12 @@ read_platform(Platform *p, int row, MemoryContext parent)
 		if (pg_b64_encode((const void *) basic, strlen(basic), encoded, length) < 0)
 			elog(ERROR, "could not encode a secret");
 		p->headers[p->n_headers++] = psprintf("Authorization: Basic %s", encoded);
+		p->hidden[n_hidden++] = encoded;
 	}
+	p->hidden[n_hidden++] = bearer;
+	p->hidden[n_hidden++] = basic;
+	p->hidden[n_hidden++] = p->signing[0];
+	p->hidden[n_hidden++] = p->signing[1];
 	deconstruct_array(DatumGetArrayTypePCopy(redrive_column(row, "allow", &isnull)), TEXTOID, -1, false, TYPALIGN_INT, &values, NULL, &n);
 	p->allow = palloc(Max(n, 1) * sizeof(RedriveAddressRange));
 	p->n_allow = 0;

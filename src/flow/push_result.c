@@ -250,6 +250,27 @@ redrive_teach_platform(Push *push)
 }
 
 /*
+ * Return what is kept of an answer.  There are platforms that repeat in it what
+ * they were sent: secrets are blotted out, before it is cut.
+ */
+static char *
+kept_answer(Platform *platform, const RedriveHttpResult *http)
+{
+	char	   *text = redrive_clean_text(http->body, http->body_len, http->body_len);
+
+	for (int i = 0; i < lengthof(platform->hidden); i++)
+	{
+		const char *secret = platform->hidden[i];
+
+		for (char *found = text; secret != NULL && (found = strstr(found, secret)) != NULL;)
+			memset(found, '*', strlen(secret));
+	}
+	if (strlen(text) > REDRIVE_KEPT_ANSWER)
+		text[pg_mbcliplen(text, strlen(text), REDRIVE_KEPT_ANSWER)] = '\0';
+	return text;
+}
+
+/*
  * Say what came of an attempt.
  *
  * Strings are palloc'd in the current context.
@@ -261,7 +282,7 @@ redrive_judge_push(Push *push, const RedriveHttpResult *http)
 	push->status = http->status;
 	push->failure_code = http->failure_code;
 	if (http->body_len > 0)
-		push->response = redrive_clean_text(http->body, http->body_len, REDRIVE_KEPT_ANSWER);
+		push->response = kept_answer(push->platform, http);
 	if (http->failure_code == 0)
 		judge_status(push, http);
 	else

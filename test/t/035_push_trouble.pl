@@ -47,6 +47,18 @@ my ($request) = received($receiver, '/ok');
 is($request->{signed}, JSON::PP::true(), 'a request without a body is signed as such');
 my $pid = sql($pusher);
 
+# A platform that repeats what it was sent, at a place where the answer is cut.
+#
+# Seen red: with the answer cut first in kept_answer() (flow/push_result.c), or nothing blotted out.
+foreach my $before (0, 4085)
+{
+	sql("BEGIN; SELECT redrive.create_platform('echo', 'http://127.0.0.1:$receiver->{port}/echo/$before', allow_http => true, allow_cidr => '{127.0.0.0/8}');
+		SELECT redrive.set_platform_secret('echo', 'basic', 'user:password'); COMMIT");
+	becomes('echo', 'delivered', 'an answer with a secret');
+	is(sql("SELECT response FROM redrive.push_attempts WHERE platform = 'echo'"), substr('x' x $before . 'Basic ' . '*' x 20, 0, 4096), '... is kept without it');
+	sql("SELECT redrive.drop_platform('echo')");
+}
+
 # Answers that success_when cannot judge, each for another reason.
 #
 # Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher; with redrive_is_outage() always true
