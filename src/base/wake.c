@@ -99,7 +99,7 @@ claimer_group(Oid owner)
 }
 
 /* What those sleep on who wait for something of this owner to claim. */
-ConditionVariable *
+RedriveClaimers *
 redrive_claimers(Oid owner)
 {
 	return &redrive_shared->claimers[claimer_group(owner)];
@@ -110,7 +110,10 @@ wake_claimers(uint32 groups)
 {
 	for (int i = 0; i < REDRIVE_CLAIMER_GROUPS; i++)
 		if (groups & ((uint32) 1 << i))
-			ConditionVariableBroadcast(&redrive_shared->claimers[i]);
+		{
+			pg_atomic_fetch_add_u64(&redrive_shared->claimers[i].woken, 1);
+			ConditionVariableBroadcast(&redrive_shared->claimers[i].sleepers);
+		}
 }
 
 static void

@@ -80,14 +80,22 @@ wait_argument(FunctionCallInfo fcinfo, int arg)
 }
 
 /*
- * Sleep until something may have become claimable, at most ms.  A client that
+ * Sleep until something may have become claimable, at most ms; not at all if
+ * somebody said so since woken was read, before the last look.  A client that
  * has gone meanwhile shall not get anything.
  */
 static void
-sleep_for_work(Oid owner, long ms, uint32 wait_event)
+sleep_for_work(Oid owner, uint64 *woken, long ms, uint32 wait_event)
 {
 	if (redrive_shared != NULL)
-		(void) ConditionVariableTimedSleep(redrive_claimers(owner), ms, wait_event);
+	{
+		RedriveClaimers *claimers = redrive_claimers(owner);
+
+		ConditionVariablePrepareToSleep(&claimers->sleepers);
+		if (pg_atomic_read_u64(&claimers->woken) == *woken)
+			(void) ConditionVariableTimedSleep(&claimers->sleepers, ms, wait_event);
+		*woken = pg_atomic_read_u64(&claimers->woken);
+	}
 	else
 	{
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, Min(ms, LOOK_MS), wait_event);
@@ -149,6 +157,7 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 	char		nulls[] = "     ";
 	int64		wait_ms = wait_argument(fcinfo, 4);
 	TimestampTz began = GetCurrentTimestamp();
+	uint64		woken = PG_UINT64_MAX;	/* not read yet: look once more */
 	uint32		wait_event = redrive_wait_event("RedriveClaim");
 
 	if (wait_ms > 0 && IsolationUsesXactSnapshot())
@@ -191,12 +200,7 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 		if (left <= 0)
 			return false;
 		redrive_free_rows();
-
-		/*
-		 * from the first sleep on, which returns at once, no wake-up is
-		 * missed
-		 */
-		sleep_for_work(owner, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
+		sleep_for_work(owner, &woken, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
 	}
 }
 

@@ -423,6 +423,21 @@ SELECT redrive.cancel_batch(batch('seen'));
 \pset format aligned
 \x off
 
+-- Who waits sleeps: each look of a handler with max_workers locks it, and gives that up again.
+-- Seen red: with a condition variable alone, which the rollback of the look cancels.
+SELECT redrive.create_handler('limited', kind => 'external', max_workers => 1);
+SELECT pg_snapshot_xmax(pg_current_snapshot()) AS before \gset
+SELECT count(*) FROM redrive.claim('limited', wait => '300 ms');
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - :before < 100 AS sleeps;
+SELECT submit('limited', 'limited', 2);
+SELECT count(*) FROM redrive.claim('limited', 1);
+SELECT pg_snapshot_xmax(pg_current_snapshot()) AS before \gset
+SELECT count(*) FROM redrive.claim('limited', 1, wait => '300 ms');
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - :before < 100 AS sleeps;
+SELECT redrive.cancel_batch(batch('limited'));
+SELECT redrive.release(chunk_id, lease_token) FROM redrive.chunks WHERE state = 'running' AND batch_id = batch('limited');
+SELECT redrive.drop_handler('limited');
+
 -- NOTIFY, for those who ask for it, in the channel redrive_<name>.
 SELECT how($$SELECT redrive.create_handler('inside too', 'row_function', notify => true)$$);
 SELECT how($$SELECT redrive.create_handler(repeat('n', 56), kind => 'external', notify => true)$$);
