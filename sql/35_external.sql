@@ -110,7 +110,7 @@ BEGIN
             INSERT INTO redrive.chunks AS x (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
                 lease_token, claimed_at, progress_at, worker, lease, lease_until)
             VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', b.claimed_to + 1, b.claimed_to + n, b.claimed_to, n,
-                nextval('redrive.lease_tokens'), v_now, v_now, p_worker, p_lease, v_now + p_lease)
+                redrive._lease_token(), v_now, v_now, p_worker, p_lease, v_now + p_lease)
             RETURNING x.* INTO c;
             outcome := 'claimed';
             more := b.claimed_to + n < b.total;
@@ -166,7 +166,7 @@ BEGIN
             END IF;
         END IF;
         UPDATE redrive.chunks AS x
-        SET state = 'running', lease_token = nextval('redrive.lease_tokens'), claim_done = x.done, claimed_at = v_now, progress_at = v_now,
+        SET state = 'running', lease_token = redrive._lease_token(), claim_done = x.done, claimed_at = v_now, progress_at = v_now,
             worker = p_worker, lease = p_lease, lease_until = v_now + p_lease
         WHERE x.chunk_id = c.chunk_id
         RETURNING x.* INTO c;

@@ -9,4 +9,7 @@ CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_a
 DROP FUNCTION redrive._fold_ended();
 DROP INDEX redrive.chunks_finished_idx;
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
+-- out of what is dumped, too
+ALTER EXTENSION pg_redrive DROP SEQUENCE redrive.lease_tokens;
+DROP SEQUENCE redrive.lease_tokens;
 DROP FUNCTION redrive._take_work(redrive.handlers, bigint, interval, text);

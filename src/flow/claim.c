@@ -63,7 +63,7 @@ static RedriveSql claim_hinted = {
 	" c AS (INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,"
 	"   lease_token, worker_pid, worker_started_at, claimed_at, progress_at)"
 	"  SELECT b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', 1, b.total, 0, b.total,"
-	"   nextval('redrive.lease_tokens'), $2, $3, $6, $6 FROM b"
+	"   redrive._lease_token(), $2, $3, $6, $6 FROM b"
 	"  RETURNING chunk_id, done_to, to_no, items, lease_token)"
 	" SELECT c.chunk_id, h.batch_id, h.part, h.run_no, false AS retry, c.done_to, c.to_no, c.items, c.lease_token,"
 	" false AS more, false AS crashed," HANDLER_COLUMNS

@@ -37,7 +37,11 @@
 /* How often we look when nobody can tell us. */
 #define LOOK_MS 200
 
+/* Below 2^53, that of JavaScript's numbers which are exact. */
+#define TOKEN_BITS 52
+
 PG_FUNCTION_INFO_V1(redrive_claim_external);
+PG_FUNCTION_INFO_V1(redrive__lease_token);
 
 static RedriveSql claim = {
 	"SELECT * FROM redrive._claim_external($1, $2, $3, $4, $5)",
@@ -251,4 +255,17 @@ redrive_claim_external(PG_FUNCTION_ARGS)
 	}
 	redrive_disconnect();
 	return (Datum) 0;
+}
+
+/* SQL: _lease_token() */
+Datum
+redrive__lease_token(PG_FUNCTION_ARGS)
+{
+	uint64		bits;
+
+	if (!pg_strong_random(&bits, sizeof(bits)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("could not generate a random lease token")));
+	PG_RETURN_INT64((int64) (bits >> (64 - TOKEN_BITS)) + 1);
 }
