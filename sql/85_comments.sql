@@ -487,7 +487,7 @@ COMMENT ON FUNCTION redrive._open_ranges IS 'Numbers of a chunk that are not don
 COMMENT ON FUNCTION redrive._quarantine IS 'Fail an item that was lost with its external worker too often';
 COMMENT ON FUNCTION redrive._refuse_claim IS 'Raise the error for a claim that is not the caller''s';
 COMMENT ON FUNCTION redrive._release IS 'Body of release()';
-COMMENT ON FUNCTION redrive._split IS 'Split an orphaned chunk that is too much for an external worker';
+COMMENT ON FUNCTION redrive._split IS 'Claim a part of an orphaned chunk for an external worker';
 COMMENT ON FUNCTION redrive._take_work IS 'Take some work of a handler for an external worker';
 COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an external worker settled';
 

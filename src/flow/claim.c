@@ -81,15 +81,14 @@ static RedriveSql rescue = {
 	0, {0}
 };
 
-/* Of batches that have nothing more to claim, as these may end. */
 static RedriveSql fold_ended = {
-	"SELECT redrive._fold_ended(false) AS batches",
+	"SELECT redrive._fold_ended() AS batches",
 	0, {0}
 };
 
 static RedriveSql left_unfolded = {
-	"SELECT EXISTS (SELECT FROM redrive.chunks AS x JOIN redrive.batches AS b ON b.batch_id = x.batch_id"
-	" WHERE NOT x.folded AND x.state = 'done' AND NOT b.claimable) AS any",
+	"SELECT EXISTS (SELECT FROM redrive.chunks AS x"
+	" WHERE NOT x.folded AND x.state = 'done') AS any",
 	0, {0}
 };
 
