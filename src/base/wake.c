@@ -73,14 +73,15 @@ wake_pusher(void)
 
 /*
  * Have the supervisor fold what has ended.  It leaves the wish standing for a
- * moment after it did, so that many of them wake it once.
+ * moment after it did, so that many of them wake it once.  Who clears the wish
+ * has the lock alone, so it is set under a shared one.
  */
 static void
 want_fold(void)
 {
 	RedriveDatabase *database;
 
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
 	database = redrive_find_database(MyDatabaseId);
 	if (database != NULL && !database->fold_wanted)
 	{

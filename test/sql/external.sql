@@ -456,6 +456,7 @@ CALL redrive.wait(batch('lost WAL'), '30 s');
 SELECT how($$SELECT redrive.create_handler('inside too', 'row_function', notify => true)$$);
 SELECT how($$SELECT redrive.create_handler(repeat('n', 56), kind => 'external', notify => true)$$);
 SELECT redrive.create_handler('news', kind => 'external');
+SELECT notify FROM redrive.handlers WHERE name = 'news';
 SELECT redrive.alter_handler('news', notify => true);
 SELECT notify FROM redrive.handlers WHERE name = 'news';
 
