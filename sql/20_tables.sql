@@ -116,8 +116,6 @@ CREATE TABLE redrive.item_blocks (
     CONSTRAINT item_blocks_pkey PRIMARY KEY (part, batch_id, first_no)
 ) PARTITION BY LIST (part);
 
-CREATE SEQUENCE redrive.lease_tokens AS bigint;
-
 CREATE TABLE redrive.chunks (
     chunk_id bigint GENERATED ALWAYS AS IDENTITY,
     batch_id bigint NOT NULL,

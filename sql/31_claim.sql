@@ -1,5 +1,10 @@
 -- Claim: what a worker takes, in a short transaction of its own.
 
+-- What a claim is known by: no number of a sequence, as that goes back with WAL
+-- that is lost, and a worker from before would fit the claim of another one.
+CREATE FUNCTION redrive._lease_token() RETURNS bigint
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive__lease_token';
+
 -- The best candidate of each kind of work of a handler: a few index probes,
 -- whatever the number of batches.
 CREATE FUNCTION redrive._work(p_handler_id int, p_as_of timestamptz)
@@ -140,7 +145,7 @@ BEGIN
                 c.to_no := c.done_to + n;
             END IF;
             UPDATE redrive.chunks AS r
-            SET state = 'running', lease_token = nextval('redrive.lease_tokens'), worker_pid = p_pid, worker_started_at = p_started_at,
+            SET state = 'running', lease_token = redrive._lease_token(), worker_pid = p_pid, worker_started_at = p_started_at,
                 to_no = c.to_no, items = c.items, claim_done = r.done, claimed_at = v_now, progress_at = v_now
             WHERE r.chunk_id = c.chunk_id
             RETURNING r.* INTO c;
@@ -209,7 +214,7 @@ BEGIN
     INSERT INTO redrive.chunks AS c (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
         lease_token, worker_pid, worker_started_at, claimed_at, progress_at)
     VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', b.claimed_to + 1, b.claimed_to + n, b.claimed_to, n,
-        nextval('redrive.lease_tokens'), p_pid, p_started_at, p_now, p_now)
+        redrive._lease_token(), p_pid, p_started_at, p_now, p_now)
     RETURNING c.chunk_id, c.batch_id, c.handler_id, c.part, c.run_no, c.kind,
         c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, c.to_no < b.total;
 END
@@ -274,7 +279,7 @@ BEGIN
     SELECT v_chunk_id, b.batch_id, b.handler_id, b.part, b.run_no, 'retry',
         CASE WHEN p_pid IS NULL THEN 'orphaned'::redrive.chunk_state ELSE 'running' END,
         l.item_nos[1], l.item_nos[n.items], l.item_nos[1] - 1, n.items, CASE WHEN p_afresh IS NULL THEN -n.items ELSE 0 END,
-        CASE WHEN p_pid IS NOT NULL THEN nextval('redrive.lease_tokens') END, p_pid, p_started_at, v_now, v_now
+        CASE WHEN p_pid IS NOT NULL THEN redrive._lease_token() END, p_pid, p_started_at, v_now, v_now
     FROM list AS l CROSS JOIN LATERAL (SELECT cardinality(l.item_nos) AS items) AS n
     RETURNING k.* INTO STRICT c;
     RETURN c;

@@ -37,7 +37,10 @@ BEGIN
         SET succeeded = succeeded + s.succeeded, ignored = ignored + s.ignored, failed = failed + s.failed,
             cancelled = cancelled + s.cancelled, waiting = waiting + s.waiting,
             items_per_second = CASE WHEN s.rate > 0 THEN coalesce((items_per_second + s.rate) / 2, s.rate) ELSE items_per_second END,
-            last_progress_at = clock_timestamp()
+            last_progress_at = clock_timestamp(),
+            -- its turn is over: external workers claim orphaned chunks without a change of the batch
+            serve_after = CASE WHEN EXISTS (SELECT FROM redrive.chunks AS o WHERE o.batch_id = p_batch_id AND NOT o.folded AND o.state = 'orphaned')
+                THEN clock_timestamp() ELSE serve_after END
         WHERE batch_id = p_batch_id
         RETURNING * INTO b;
     END IF;
@@ -96,12 +99,11 @@ $$;
 -- Fold the ended chunks whose worker could not do it, or did it in a commit that
 -- a crash swallowed; return how many batches had any.  A batch that somebody has
 -- locked is left for the next call: the supervisor must not wait for users.
--- p_all: batches too of which more can be claimed, whose next claim would do it.
-CREATE FUNCTION redrive._fold_ended(p_all boolean DEFAULT true) RETURNS bigint
+CREATE FUNCTION redrive._fold_ended() RETURNS bigint
 LANGUAGE sql AS $$
     SELECT count(redrive._fold(f.batch_id))
     FROM (SELECT DISTINCT x.batch_id FROM redrive.chunks AS x WHERE NOT x.folded AND x.state = 'done') AS c
-    CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id AND (p_all OR NOT b.claimable) FOR UPDATE SKIP LOCKED) AS f
+    CROSS JOIN LATERAL (SELECT b.batch_id FROM redrive.batches AS b WHERE b.batch_id = c.batch_id FOR UPDATE SKIP LOCKED) AS f
 $$;
 
 -- Pause a live batch; the caller holds its row lock or does not care who wins.

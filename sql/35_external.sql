@@ -31,50 +31,53 @@ BEGIN
 END
 $$;
 
--- Several workers that claim of one batch follow one another: wait a moment for
--- its lock, and keep it only if there is still something to claim.
-CREATE FUNCTION redrive._lock_soon(p_batch_id bigint) RETURNS boolean
+-- Wait a moment for whoever claims of this batch; 55P03 if it takes longer.
+CREATE FUNCTION redrive._lock_soon(p_batch_id bigint) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
-DECLARE
-    b redrive.batches;
 BEGIN
-    SELECT * INTO b FROM redrive.batches AS x WHERE x.batch_id = p_batch_id FOR UPDATE;
-    IF b.claimable OR (b.state IN ('running', 'retrying')
-                       AND (b.next_retry_at <= clock_timestamp() OR EXISTS (SELECT FROM redrive.chunks AS c WHERE c.batch_id = p_batch_id AND c.state = 'orphaned'))) THEN
-        RETURN true;
-    END IF;
-    RAISE EXCEPTION 'unlock the batch' USING ERRCODE = 'RD000';
-EXCEPTION WHEN lock_not_available OR SQLSTATE 'RD000' THEN
-    RETURN false;
+    PERFORM FROM redrive.batches AS b WHERE b.batch_id = p_batch_id FOR UPDATE;
 END
 $$;
 
 -- Take some work of a handler for an external worker: by priority, then what has
--- been due longest; batches that another session has locked are skipped.
+-- been due longest; what another session has locked is skipped.
 --   claimed  c is the claim
 --   busy     another session has locked what there is
 --   changed  nothing to claim, but something was written down: do not wait now
 --   none     nothing to claim
-CREATE FUNCTION redrive._take_work(h redrive.handlers, p_max_items bigint, p_lease interval, p_worker text, p_may_wait boolean,
-    OUT outcome text, OUT c redrive.chunks, OUT more boolean)
+-- The row of a batch is locked from its claim to the commit.  Whoever has waited
+-- for that sets a lot of items aside, as an orphaned chunk, from which claims are
+-- taken under its own lock: soon there are as many lots as claims at a time.  lot
+-- is the one that has something left; claim() goes on with it for a moment.
+CREATE FUNCTION redrive._take_work(h redrive.handlers, p_max_items bigint, p_lease interval, p_worker text, p_waited boolean,
+    OUT outcome text, OUT c redrive.chunks, OUT more boolean, OUT lot bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := clock_timestamp();
     v_work text;
     v_batch_id bigint;
     v_locked bigint; -- the first batch that was skipped
-    v_fold boolean;
     v_due bigint[];
     b redrive.batches;
     t record;
     n bigint;
+    v_lot bigint;
 BEGIN
     outcome := 'none';
     FOR v_work, v_batch_id IN
         SELECT w.work, w.batch_id FROM redrive._work(h.handler_id, v_now) AS w
         WHERE w.work <> 'callback'
-        ORDER BY w.priority DESC, w.due, w.work = 'orphan' DESC
+        ORDER BY w.priority DESC, w.due, (w.work = 'orphan') <> p_waited DESC
     LOOP
+        -- nobody folds after an external worker's commit but the supervisor, and failures may pause the batch
+        IF h.tolerated_failures IS NOT NULL
+           AND EXISTS (SELECT FROM redrive.chunks AS x WHERE x.batch_id = v_batch_id AND NOT x.folded AND x.state = 'done' AND x.failed > 0) THEN
+            PERFORM redrive._fold(s.batch_id)
+            FROM (SELECT x.batch_id FROM redrive.batches AS x WHERE x.batch_id = v_batch_id FOR UPDATE SKIP LOCKED) AS s;
+            IF FOUND THEN
+                outcome := 'changed';
+            END IF;
+        END IF;
         IF v_work = 'first' THEN
             SELECT * INTO b
             FROM redrive.batches AS s
@@ -86,31 +89,27 @@ BEGIN
                 v_locked := coalesce(v_locked, v_batch_id);
                 CONTINUE;
             END IF;
-            -- nobody folds after an external worker's commit; not each time, as
-            -- it costs as much as the claim, unless it may pause the batch
-            SELECT count(*) >= 10 OR coalesce(sum(x.failed), 0) > 0 INTO v_fold
-            FROM (
-                SELECT y.failed FROM redrive.chunks AS y
-                WHERE y.batch_id = b.batch_id AND NOT y.folded AND y.state = 'done'
-                LIMIT 10
-            ) AS x;
-            IF v_fold THEN
-                PERFORM redrive._fold(b.batch_id);
-                SELECT * INTO b FROM redrive.batches AS s WHERE s.batch_id = b.batch_id;
-                IF NOT b.claimable THEN
-                    outcome := 'changed';
-                    CONTINUE;
-                END IF;
-            END IF;
             n := least(p_max_items, b.total - b.claimed_to);
+            v_lot := CASE WHEN p_waited AND b.total - b.claimed_to >= 64 * p_max_items THEN 63 * p_max_items ELSE 0 END;
+            -- its turn is over, but an update in place is cheaper: not each time if no other batch waits for its own
             UPDATE redrive.batches AS s
-            SET state = 'running', claimed_to = b.claimed_to + n, serve_after = v_now, last_progress_at = v_now,
-                started_at = coalesce(s.started_at, v_now)
+            SET state = 'running', claimed_to = b.claimed_to + n + v_lot, last_progress_at = v_now, started_at = coalesce(s.started_at, v_now),
+                serve_after = CASE WHEN s.serve_after < v_now - interval '100 ms'
+                        OR EXISTS (SELECT FROM redrive.batches AS o
+                                   WHERE o.handler_id = b.handler_id AND o.claimable AND o.priority = b.priority AND o.serve_after <= v_now
+                                     AND o.batch_id <> b.batch_id)
+                    THEN v_now ELSE s.serve_after END
             WHERE s.batch_id = b.batch_id;
+            IF v_lot > 0 THEN
+                INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, claimed_at, progress_at)
+                VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'orphaned', b.claimed_to + n + 1, b.claimed_to + n + v_lot, b.claimed_to + n, v_lot,
+                    v_now, v_now)
+                RETURNING chunk_id INTO lot;
+            END IF;
             INSERT INTO redrive.chunks AS x (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
                 lease_token, claimed_at, progress_at, worker, lease, lease_until)
             VALUES (b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', b.claimed_to + 1, b.claimed_to + n, b.claimed_to, n,
-                nextval('redrive.lease_tokens'), v_now, v_now, p_worker, p_lease, v_now + p_lease)
+                redrive._lease_token(), v_now, v_now, p_worker, p_lease, v_now + p_lease)
             RETURNING x.* INTO c;
             outcome := 'claimed';
             more := b.claimed_to + n < b.total;
@@ -153,20 +152,23 @@ BEGIN
             WHERE r.handler_id = h.handler_id AND r.state = 'orphaned' AND s.state IN ('running', 'retrying')
             ORDER BY s.priority DESC, s.serve_after, r.chunk_id
             LIMIT 1
-            FOR UPDATE OF s, r SKIP LOCKED;
+            FOR UPDATE OF r SKIP LOCKED;
             IF NOT FOUND THEN
                 v_locked := coalesce(v_locked, v_batch_id);
                 CONTINUE;
             END IF;
-            UPDATE redrive.batches AS s SET serve_after = v_now WHERE s.batch_id = c.batch_id;
             -- an item that is the end of its worker is soon alone
             n := greatest(least(p_max_items, (c.items - c.done) >> least(c.rescue_count - c.excused, 30)), 1);
             IF n < c.items - c.done THEN
-                c := redrive._split(c, n);
+                lot := c.chunk_id;
+                c := redrive._split(c, n, v_now, p_lease, p_worker);
+                outcome := 'claimed';
+                more := true;
+                RETURN;
             END IF;
         END IF;
         UPDATE redrive.chunks AS x
-        SET state = 'running', lease_token = nextval('redrive.lease_tokens'), claim_done = x.done, claimed_at = v_now, progress_at = v_now,
+        SET state = 'running', lease_token = redrive._lease_token(), claim_done = x.done, claimed_at = v_now, progress_at = v_now,
             worker = p_worker, lease = p_lease, lease_until = v_now + p_lease
         WHERE x.chunk_id = c.chunk_id
         RETURNING x.* INTO c;
@@ -175,51 +177,61 @@ BEGIN
         RETURN;
     END LOOP;
     IF v_locked IS NOT NULL AND outcome = 'none' THEN
-        -- once: an orphaned chunk can be locked without its batch
-        IF p_may_wait AND redrive._lock_soon(v_locked) THEN
-            SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, false);
-            outcome := t.outcome;
-            c := t.c;
-            more := t.more;
-        ELSE
-            outcome := 'busy';
+        outcome := 'busy';
+        IF NOT p_waited THEN
+            BEGIN
+                PERFORM redrive._lock_soon(v_locked);
+                SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, true);
+                outcome := t.outcome;
+                c := t.c;
+                more := t.more;
+                lot := t.lot;
+                IF outcome IN ('busy', 'none') THEN
+                    RAISE EXCEPTION 'unlock the batch' USING ERRCODE = 'RD000';
+                END IF;
+            EXCEPTION WHEN lock_not_available OR SQLSTATE 'RD000' THEN
+                NULL; -- whoever waits for work keeps no others from it
+            END;
         END IF;
     END IF;
 END
 $$;
 
--- Split an orphaned chunk that the caller has locked, and return the part that
--- has its next n open items.
-CREATE FUNCTION redrive._split(c redrive.chunks, n bigint) RETURNS redrive.chunks
+-- Claim the next n open items of an orphaned chunk that the caller has locked: they
+-- are a new chunk.  The rest keeps its row, where cancel_batch() waits for it.
+CREATE FUNCTION redrive._split(c redrive.chunks, n bigint, p_now timestamptz, p_lease interval, p_worker text) RETURNS redrive.chunks
 LANGUAGE plpgsql AS $$
 DECLARE
-    v_cut bigint; -- the last item of that part
+    v_chunk redrive.chunks;
+    v_cut bigint := c.done_to + n; -- the last item of the part
     v_tail int8multirange;
-    v_done bigint;
+    v_done bigint := 0;
 BEGIN
     IF c.kind = 'first' THEN
-        -- the rest is a new chunk
-        SELECT x.item_no INTO STRICT v_cut
-        FROM unnest(redrive._open_ranges(c)) AS r
-        CROSS JOIN LATERAL generate_series(lower(r), upper(r) - 1) AS x (item_no)
-        ORDER BY x.item_no
-        OFFSET n - 1
-        LIMIT 1;
-        v_tail := c.settled * int8multirange(int8range(v_cut, NULL, '()'));
-        v_done := coalesce((SELECT sum(upper(r) - lower(r)) FROM unnest(v_tail) AS r), 0);
-        INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items, done,
-            rescue_count, excused, claim_done, claimed_at, progress_at, settled)
-        VALUES (c.batch_id, c.handler_id, c.part, c.run_no, 'first', 'orphaned', v_cut + 1, c.to_no, v_cut, c.to_no - v_cut, v_done,
-            c.rescue_count, c.excused, v_done, c.claimed_at, c.progress_at, CASE WHEN NOT isempty(v_tail) THEN v_tail END);
+        IF c.settled IS NOT NULL THEN
+            SELECT x.item_no INTO STRICT v_cut
+            FROM unnest(redrive._open_ranges(c)) AS r
+            CROSS JOIN LATERAL generate_series(lower(r), upper(r) - 1) AS x (item_no)
+            ORDER BY x.item_no
+            OFFSET n - 1
+            LIMIT 1;
+            v_tail := nullif(c.settled * int8multirange(int8range(v_cut, NULL, '()')), '{}');
+            v_done := coalesce((SELECT sum(upper(r) - lower(r)) FROM unnest(v_tail) AS r), 0);
+        END IF;
+        INSERT INTO redrive.chunks AS x (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
+            done, succeeded, ignored, failed, waiting, claim_done, settled, rescue_count, excused,
+            lease_token, claimed_at, progress_at, worker, lease, lease_until)
+        VALUES (c.batch_id, c.handler_id, c.part, c.run_no, 'first', 'running', c.from_no, v_cut, c.done_to, c.items - (c.to_no - v_cut),
+            c.done - v_done, c.succeeded, c.ignored, c.failed, c.waiting, c.done - v_done, nullif(c.settled - coalesce(v_tail, '{}'), '{}'), c.rescue_count, c.excused,
+            redrive._lease_token(), p_now, p_now, p_worker, p_lease, p_now + p_lease)
+        RETURNING x.* INTO v_chunk;
         UPDATE redrive.chunks AS x
-        SET to_no = v_cut, items = x.items - (c.to_no - v_cut), done = x.done - v_done,
-            settled = CASE WHEN c.settled - v_tail <> '{}' THEN c.settled - v_tail END
-        WHERE x.chunk_id = c.chunk_id
-        RETURNING x.* INTO c;
-        RETURN c;
+        SET from_no = v_cut + 1, done_to = v_cut, items = c.to_no - v_cut, done = v_done, claim_done = v_done, settled = v_tail,
+            succeeded = 0, ignored = 0, failed = 0, waiting = 0
+        WHERE x.chunk_id = c.chunk_id;
+        RETURN v_chunk;
     END IF;
 
-    -- the part is a new chunk, lest the long list of a redrive be written each time
     WITH part AS (
         SELECT u.item_no, u.attempts, u.free_count, u.first_failed_at
         FROM redrive.retry_lists AS l
@@ -229,9 +241,9 @@ BEGIN
         LIMIT n
     ), chunk AS (
         INSERT INTO redrive.chunks AS x (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,
-            rescue_count, excused, claimed_at, progress_at)
-        SELECT c.batch_id, c.handler_id, c.part, c.run_no, 'retry', 'orphaned', min(p.item_no), max(p.item_no), min(p.item_no) - 1, n,
-            c.rescue_count, c.excused, c.claimed_at, c.progress_at
+            rescue_count, excused, lease_token, claimed_at, progress_at, worker, lease, lease_until)
+        SELECT c.batch_id, c.handler_id, c.part, c.run_no, 'retry', 'running', min(p.item_no), max(p.item_no), min(p.item_no) - 1, n,
+            c.rescue_count, c.excused, redrive._lease_token(), p_now, p_now, p_worker, p_lease, p_now + p_lease
         FROM part AS p
         RETURNING x.chunk_id, x.to_no
     ), list AS (
@@ -249,15 +261,15 @@ BEGIN
         WHERE x.chunk_id = c.chunk_id
     )
     SELECT l.chunk_id INTO STRICT v_cut FROM list AS l;
-    SELECT x.* INTO STRICT c FROM redrive.chunks AS x WHERE x.chunk_id = v_cut;
-    RETURN c;
+    SELECT x.* INTO STRICT v_chunk FROM redrive.chunks AS x WHERE x.chunk_id = v_cut;
+    RETURN v_chunk;
 END
 $$;
 
 -- One attempt to claim, for claim(); outcome as in _take_work.
 CREATE FUNCTION redrive._claim_external(p_caller oid, p_handler text, p_max_items int, p_lease interval, p_worker text)
 RETURNS TABLE (outcome text, owner oid, more boolean, chunk_id bigint, lease_token bigint, lease_until timestamptz, batch_id bigint,
-    part smallint, retry boolean, done_to bigint, to_no bigint, settled bigint[])
+    part smallint, retry boolean, done_to bigint, to_no bigint, settled bigint[], lot bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     h redrive.handlers := redrive._handler(p_caller, p_handler);
@@ -282,7 +294,7 @@ BEGIN
             DETAIL = 'It has max_workers, and claims that were committed since would not be seen.', HINT = 'Claim at isolation level READ COMMITTED.';
     END IF;
     IF h.max_workers IS NULL THEN
-        SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, true);
+        SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, false);
         outcome := t.outcome;
     ELSE
         BEGIN
@@ -290,7 +302,7 @@ BEGIN
             IF NOT FOUND THEN
                 outcome := 'busy';
             ELSIF h.max_workers > (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running') THEN
-                SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, true);
+                SELECT * INTO t FROM redrive._take_work(h, p_max_items, p_lease, p_worker, false);
                 outcome := t.outcome;
             END IF;
             IF outcome IN ('busy', 'none') THEN
@@ -305,8 +317,8 @@ BEGIN
     END IF;
     IF outcome = 'claimed' THEN
         PERFORM redrive._wake_supervisor_by((t.c).lease_until);
-        SELECT (t.c).chunk_id, (t.c).lease_token, (t.c).lease_until, (t.c).batch_id, (t.c).part, (t.c).kind = 'retry', (t.c).done_to, (t.c).to_no, t.more
-        INTO chunk_id, lease_token, lease_until, batch_id, part, retry, done_to, to_no, more;
+        SELECT (t.c).chunk_id, (t.c).lease_token, (t.c).lease_until, (t.c).batch_id, (t.c).part, (t.c).kind = 'retry', (t.c).done_to, (t.c).to_no, t.more, t.lot
+        INTO chunk_id, lease_token, lease_until, batch_id, part, retry, done_to, to_no, more, lot;
         IF (t.c).settled IS NOT NULL THEN
             SELECT array_agg(x.item_no ORDER BY x.item_no) INTO settled
             FROM unnest((t.c).settled) AS r
@@ -321,7 +333,7 @@ CREATE FUNCTION redrive.claim(handler text, max_items int DEFAULT 100, lease int
 RETURNS TABLE (chunk_id bigint, lease_token bigint, batch_id bigint, item_no bigint, key text, payload jsonb, attempt int, lease_until timestamptz)
 LANGUAGE c VOLATILE ROWS 100 AS 'MODULE_PATHNAME', 'redrive_claim_external';
 COMMENT ON FUNCTION redrive.claim IS
-'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or at another isolation level with wait, or of a handler with max_workers, 22023 max_items, lease or wait out of range, 22004 lease NULL.';
+'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or at another isolation level with wait, or of a handler with max_workers, 22023 max_items, lease or wait out of range, 22004 lease NULL, 08006 the client has gone while it waited.';
 
 -- Refuse whoever has not the claim he says, or has it no more.
 CREATE FUNCTION redrive._refuse_claim(p_caller oid, p_chunk_id bigint, p_lease_token bigint) RETURNS void

@@ -232,15 +232,17 @@ BEGIN
     SELECT * INTO STRICT b FROM redrive.batches AS x WHERE x.batch_id = p_batch_id;
     SELECT * INTO STRICT h FROM redrive.handlers AS x WHERE x.handler_id = b.handler_id;
     SELECT * INTO w FROM redrive._processes();
-    SELECT count(*) AS chunks, coalesce(sum(c.items - c.done), 0) AS items, max(c.rescue_count) AS lost INTO v_orphaned
+    SELECT count(*) AS chunks, sum(c.items - c.done) FILTER (WHERE NOT l.lot) AS items, max(c.rescue_count) AS lost INTO v_orphaned
     FROM redrive.chunks AS c
+    -- a lot, set aside and in no claim so far, is not special (_take_work)
+    CROSS JOIN LATERAL (SELECT h.kind = 'external' AND c.kind = 'first' AND c.lease IS NULL AND c.done = 0 AND c.rescue_count = 0 AS lot) AS l
     WHERE c.batch_id = b.batch_id AND c.state = 'orphaned';
     IF b.state NOT IN ('ready', 'running', 'retrying')
        OR NOT (v_orphaned.chunks > 0 OR (b.claimable AND b.serve_after <= v_now) OR coalesce(b.next_retry_at <= v_now, false)) THEN
         RETURN;
     END IF;
 
-    IF v_orphaned.chunks > 0 THEN
+    IF v_orphaned.items > 0 THEN
         RETURN QUERY VALUES ('orphaned items',
             format('%s items wait for a worker: another one gave them back, or they were redriven', v_orphaned.items)
                 || CASE WHEN v_orphaned.lost > 0 THEN format('. Workers were lost with them %s times.', v_orphaned.lost) ELSE '.' END,

@@ -381,7 +381,6 @@ COMMENT ON SEQUENCE redrive.callbacks_callback_id_seq IS 'Numbers of callbacks';
 COMMENT ON SEQUENCE redrive.chunks_chunk_id_seq IS 'Numbers of chunks';
 COMMENT ON SEQUENCE redrive.classification_rules_rule_id_seq IS 'Numbers of rules';
 COMMENT ON SEQUENCE redrive.handlers_handler_id_seq IS 'Numbers of handlers';
-COMMENT ON SEQUENCE redrive.lease_tokens IS 'Lease tokens: a new one for each claim';
 COMMENT ON SEQUENCE redrive.pass_log_pass_id_seq IS 'Numbers of passes';
 
 -- Functions that are not for users
@@ -434,6 +433,7 @@ COMMENT ON FUNCTION redrive._pass IS 'Frame of every pass: switch, lock, time bu
 COMMENT ON FUNCTION redrive._pause IS 'Pause a live batch';
 COMMENT ON FUNCTION redrive._pause_batch IS 'Body of pause_batch()';
 COMMENT ON FUNCTION redrive._pause_handler IS 'Body of pause_handler()';
+COMMENT ON FUNCTION redrive._lease_token IS 'A new lease token: random, and exact as a number of JavaScript';
 COMMENT ON FUNCTION redrive._preloaded IS 'Whether the library is in shared_preload_libraries';
 COMMENT ON FUNCTION redrive._purge IS 'Body of the pass purge';
 COMMENT ON FUNCTION redrive._purge_batches IS 'Delete ended batches of an old part';
@@ -487,7 +487,7 @@ COMMENT ON FUNCTION redrive._open_ranges IS 'Numbers of a chunk that are not don
 COMMENT ON FUNCTION redrive._quarantine IS 'Fail an item that was lost with its external worker too often';
 COMMENT ON FUNCTION redrive._refuse_claim IS 'Raise the error for a claim that is not the caller''s';
 COMMENT ON FUNCTION redrive._release IS 'Body of release()';
-COMMENT ON FUNCTION redrive._split IS 'Split an orphaned chunk that is too much for an external worker';
+COMMENT ON FUNCTION redrive._split IS 'Claim a part of an orphaned chunk for an external worker';
 COMMENT ON FUNCTION redrive._take_work IS 'Take some work of a handler for an external worker';
 COMMENT ON FUNCTION redrive._unlock_settled IS 'Unlock the keys of items that an external worker settled';
 

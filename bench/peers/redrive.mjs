@@ -19,11 +19,17 @@ export async function connect(options) {
   return { loops: await Promise.all(loops), pool: new pg.Pool({ max: LANES }) };
 }
 
-async function loop(client, pool, size, style) {
+// Durable, as what the peers do; or without waiting for the disk: a claim that a crash swallows is refused later (docs/workers.md).
+async function take(client, size, claims) {
+  if (claims !== 'lazy') return client.query({ ...CLAIM, values: [size] });
+  const [, , claim] = await Promise.all([client.query('BEGIN'), client.query('SET LOCAL synchronous_commit = off'),
+    client.query({ ...CLAIM, values: [size] }), client.query('COMMIT')]);
+  return claim;
+}
+
+async function loop(client, pool, { size, style, claims }) {
   for (;;) {
-    // a claim that a crash swallows is refused later: it need not wait for the disk (docs/workers.md)
-    const [, , claim] = await Promise.all([client.query('BEGIN'), client.query('SET LOCAL synchronous_commit = off'),
-      client.query({ ...CLAIM, values: [size] }), client.query('COMMIT')]);
+    const claim = await take(client, size, claims);
     if (claim.rows.length === 0) return;
     const { chunk_id, lease_token } = claim.rows[0];
     const ids = claim.rows.map((row) => row.payload.id);
@@ -39,7 +45,7 @@ async function loop(client, pool, size, style) {
   }
 }
 
-export const work = ({ loops, pool }, { size, style }) => Promise.all(loops.map((client) => loop(client, pool, size, style)));
+export const work = ({ loops, pool }, options) => Promise.all(loops.map((client) => loop(client, pool, options)));
 
 export async function finished(db) {
   const { rows } = await db.query("SELECT bool_and(state = 'finished') AS all FROM redrive.batch_progress WHERE handler = 'external' AND state <> 'cancelled'");

@@ -14,7 +14,7 @@ class InputError extends Error {}
 
 // The work: the square of n, stored in the database.  An error is the end of this item only.
 async function doItem(db, item) {
-  const n = item.payload.n;
+  const n = item.payload?.n;
   if (!Number.isInteger(n)) throw new InputError('n is not a number');
   await db.query('INSERT INTO conformance.done (batch_id, item_no, attempt, result) VALUES ($1, $2, $3, $4)',
     [item.batch_id, item.item_no, item.attempt, n * n]);
@@ -49,9 +49,10 @@ async function work(db) {
     await db.query(COMPLETE, [items[0].chunk_id, items[0].lease_token, JSON.stringify(exceptions)]);
     await db.query('COMMIT');
   } catch (error) {
-    if (error.code !== 'RD004') throw error;
-    await db.query('ROLLBACK'); // too late: others do it
+    await db.query('ROLLBACK'); // fails when the connection is lost
     console.error(error.message);
+    if (error.code === 'RD004') return; // too late: others do it
+    await db.query('SELECT redrive.release($1, $2)', [items[0].chunk_id, items[0].lease_token]);
   }
 }
 

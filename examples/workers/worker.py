@@ -14,14 +14,13 @@ from psycopg.rows import dict_row
 
 HANDLER = sys.argv[1]
 CLAIM = "SELECT * FROM redrive.claim(%s, max_items => 50, lease => '2 min', worker => 'worker.py', wait => '5 s')"
-COMPLETE = """SELECT redrive.complete(%s, %s, ARRAY(
-    SELECT o FROM jsonb_populate_recordset(NULL::redrive.outcome, %s::jsonb) AS o))"""
+COMPLETE = "SELECT redrive.complete(%s, %s, ARRAY(SELECT o FROM jsonb_populate_recordset(NULL::redrive.outcome, %s::jsonb) AS o))"
 
 
 def do_item(db, item):
     """The work: the square of n, stored in the database.  An exception is the end of this item only."""
-    n = item["payload"].get("n")
-    if not isinstance(n, int):
+    n = item["payload"].get("n") if isinstance(item["payload"], dict) else None
+    if type(n) is not int:  # True would be an instance of it
         raise ValueError("n is not a number")
     db.execute("INSERT INTO conformance.done (batch_id, item_no, attempt, result) VALUES (%s, %s, %s, %s)",
                (item["batch_id"], item["item_no"], item["attempt"], n * n))
@@ -42,17 +41,25 @@ def work(db):
     items = db.execute(CLAIM, (HANDLER,)).fetchall()  # committed at once
     if not items:
         return
-    with db.transaction():
-        exceptions = []
-        for item in items:
-            try:
-                with db.transaction():  # a savepoint
-                    do_item(db, item)
-            except (ValueError, psycopg.Error) as error:
-                if db.broken:
-                    raise
-                exceptions.append(outcome(item, error))
-        db.execute(COMPLETE, (items[0]["chunk_id"], items[0]["lease_token"], json.dumps(exceptions)))
+    claim = (items[0]["chunk_id"], items[0]["lease_token"])
+    try:
+        with db.transaction():
+            exceptions = []
+            for item in items:
+                try:
+                    with db.transaction():  # a savepoint
+                        do_item(db, item)
+                except (ValueError, psycopg.Error) as error:
+                    if db.broken:
+                        raise
+                    exceptions.append(outcome(item, error))
+            db.execute(COMPLETE, (*claim, json.dumps(exceptions)))
+    except psycopg.Error as error:  # all is rolled back
+        if db.broken:
+            raise
+        print(error, file=sys.stderr)
+        if error.sqlstate != "RD004":  # that is: too late, others do it
+            db.execute("SELECT redrive.release(%s, %s)", claim)
 
 
 def main():
@@ -60,15 +67,10 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     while not stop:
         try:
-            with psycopg.connect(autocommit=True, row_factory=dict_row) as db:
+            with psycopg.connect(autocommit=True, row_factory=dict_row, prepare_threshold=None) as db:  # for poolers
                 while not stop:
-                    try:
-                        work(db)
-                    except psycopg.Error as error:
-                        if error.sqlstate != "RD004":  # else too late: all is rolled back, others do it
-                            raise
-                        print(error.diag.message_primary, file=sys.stderr)
-        except psycopg.OperationalError as error:
+                    work(db)
+        except psycopg.Error as error:
             print(error, file=sys.stderr)
             time.sleep(1)
 

@@ -12,7 +12,7 @@ trap 'stop=yes' TERM
 # The work: the square of n, to be stored in the database.  Print it, or fail with a message.
 do_item()
 {
-	[[ $1 =~ ^[0-9]+$ ]] || { echo 'n is not a number'; return 1; }
+	[[ $1 =~ ^-?[0-9]{1,9}$ ]] || { echo 'n is not a number'; return 1; }	# of more digits the square would not fit
 	echo $(($1 * $1))
 }
 
@@ -64,9 +64,9 @@ while [ -z "$stop" ]; do
 			settle_good "$result"
 		else
 			settle_bad failed E-INPUT "$result"
-		fi || continue 2	# too late (RD004), or no server: nothing of this item is stored
+		fi || break	# too late (RD004), or no server: nothing of this item is stored
 	done <<<"$claim"
-	# ends the claim; what is left of it, if we were told to stop, is given back
+	# ends the claim; what is left of it is given back
 	read -r chunk token _ <<<"$claim"
 	psql -XAtq -c "SELECT redrive.release($chunk, $token)" >/dev/null
 done

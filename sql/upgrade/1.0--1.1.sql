@@ -7,9 +7,13 @@ DROP FUNCTION redrive._plan_platform(int, timestamptz), redrive._truncate_part(i
 CREATE INDEX tasks_changed_idx ON redrive.tasks (changed_at);
 DROP INDEX redrive.pushes_due_idx, redrive.pushes_build_idx;
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
-DROP FUNCTION redrive._fold_ended();
 DROP INDEX redrive.chunks_finished_idx;
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
+-- out of what is dumped, too
+ALTER EXTENSION pg_redrive DROP SEQUENCE redrive.lease_tokens;
+DROP SEQUENCE redrive.lease_tokens;
+DROP FUNCTION redrive._claim_external(oid, text, int, interval, text);
+DROP FUNCTION redrive._lock_soon(bigint);
 DROP FUNCTION redrive._take_work(redrive.handlers, bigint, interval, text);
 -- a push that is under way is in push_claims now; what a pusher of before has claimed is given to the next one to end
 CREATE TABLE redrive.push_claims (
@@ -42,3 +46,4 @@ ALTER TABLE redrive.pushes
     ADD COLUMN last_claim_id bigint NOT NULL DEFAULT 0,
     ADD CONSTRAINT pushes_state_check CHECK (state <> 'in_flight');
 DROP FUNCTION redrive._report_table(text, text);
+DROP FUNCTION redrive._split(redrive.chunks, bigint);

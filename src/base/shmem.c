@@ -59,7 +59,10 @@ startup_shmem(void)
 		redrive_shared->lock = &(GetNamedLWLockTranche("pg_redrive"))->lock;
 		ConditionVariableInit(&redrive_shared->batch_ended);
 		for (int i = 0; i < REDRIVE_CLAIMER_GROUPS; i++)
-			ConditionVariableInit(&redrive_shared->claimers[i]);
+		{
+			ConditionVariableInit(&redrive_shared->claimers[i].sleepers);
+			pg_atomic_init_u64(&redrive_shared->claimers[i].woken, 0);
+		}
 		redrive_judge_crumbs();
 	}
 	LWLockRelease(AddinShmemInitLock);

@@ -9,6 +9,7 @@
 #define REDRIVE_SHMEM_H
 
 #include "datatype/timestamp.h"
+#include "port/atomics.h"
 #include "storage/condition_variable.h"
 #include "storage/latch.h"
 #include "storage/lwlock.h"
@@ -91,13 +92,24 @@ typedef struct RedriveDatabase
 														 * supervisor alone */
 } RedriveDatabase;
 
+/*
+ * What those sleep on who wait for something to claim.  A look may end with a
+ * subtransaction that is rolled back, and that takes a backend off the condition
+ * variable it is on; so what woke others meanwhile is seen by the count.
+ */
+typedef struct RedriveClaimers
+{
+	ConditionVariable sleepers;
+	pg_atomic_uint64 woken;		/* how often, so far */
+} RedriveClaimers;
+
 typedef struct RedriveShared
 {
 	LWLock	   *lock;			/* protects everything below but slot details */
 	pid_t		launcher_pid;
 	Latch	   *launcher_latch;
 	ConditionVariable batch_ended;	/* for redrive.wait() */
-	ConditionVariable claimers[REDRIVE_CLAIMER_GROUPS]; /* for claim() with wait */
+	RedriveClaimers claimers[REDRIVE_CLAIMER_GROUPS];	/* for claim() with wait */
 	RedriveSlot slots[REDRIVE_MAX_SLOTS];
 	RedriveDatabase databases[FLEXIBLE_ARRAY_MEMBER];	/* max_databases of them */
 } RedriveShared;

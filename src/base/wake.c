@@ -73,14 +73,15 @@ wake_pusher(void)
 
 /*
  * Have the supervisor fold what has ended.  It leaves the wish standing for a
- * moment after it did, so that many of them wake it once.
+ * moment after it did, so that many of them wake it once.  Who clears the wish
+ * has the lock alone, so it is set under a shared one.
  */
 static void
 want_fold(void)
 {
 	RedriveDatabase *database;
 
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
 	database = redrive_find_database(MyDatabaseId);
 	if (database != NULL && !database->fold_wanted)
 	{
@@ -99,7 +100,7 @@ claimer_group(Oid owner)
 }
 
 /* What those sleep on who wait for something of this owner to claim. */
-ConditionVariable *
+RedriveClaimers *
 redrive_claimers(Oid owner)
 {
 	return &redrive_shared->claimers[claimer_group(owner)];
@@ -110,7 +111,10 @@ wake_claimers(uint32 groups)
 {
 	for (int i = 0; i < REDRIVE_CLAIMER_GROUPS; i++)
 		if (groups & ((uint32) 1 << i))
-			ConditionVariableBroadcast(&redrive_shared->claimers[i]);
+		{
+			pg_atomic_fetch_add_u64(&redrive_shared->claimers[i].woken, 1);
+			ConditionVariableBroadcast(&redrive_shared->claimers[i].sleepers);
+		}
 }
 
 static void

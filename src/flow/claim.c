@@ -63,7 +63,7 @@ static RedriveSql claim_hinted = {
 	" c AS (INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,"
 	"   lease_token, worker_pid, worker_started_at, claimed_at, progress_at)"
 	"  SELECT b.batch_id, b.handler_id, b.part, b.run_no, 'first', 'running', 1, b.total, 0, b.total,"
-	"   nextval('redrive.lease_tokens'), $2, $3, $6, $6 FROM b"
+	"   redrive._lease_token(), $2, $3, $6, $6 FROM b"
 	"  RETURNING chunk_id, done_to, to_no, items, lease_token)"
 	" SELECT c.chunk_id, h.batch_id, h.part, h.run_no, false AS retry, c.done_to, c.to_no, c.items, c.lease_token,"
 	" false AS more, false AS crashed," HANDLER_COLUMNS
@@ -81,15 +81,14 @@ static RedriveSql rescue = {
 	0, {0}
 };
 
-/* Of batches that have nothing more to claim, as these may end. */
 static RedriveSql fold_ended = {
-	"SELECT redrive._fold_ended(false) AS batches",
+	"SELECT redrive._fold_ended() AS batches",
 	0, {0}
 };
 
 static RedriveSql left_unfolded = {
-	"SELECT EXISTS (SELECT FROM redrive.chunks AS x JOIN redrive.batches AS b ON b.batch_id = x.batch_id"
-	" WHERE NOT x.folded AND x.state = 'done' AND NOT b.claimable) AS any",
+	"SELECT EXISTS (SELECT FROM redrive.chunks AS x"
+	" WHERE NOT x.folded AND x.state = 'done') AS any",
 	0, {0}
 };
 

@@ -34,20 +34,59 @@
 /* A lock on what there is may go without a word. */
 #define BUSY_MS 50
 
+/* How long claims are taken from a lot without a look at what else there is. */
+#define LOT_MS 100
+
 /* How often we look when nobody can tell us. */
 #define LOOK_MS 200
 
+/* Below 2^53, that of JavaScript's numbers which are exact. */
+#define TOKEN_BITS 52
+
 PG_FUNCTION_INFO_V1(redrive_claim_external);
+PG_FUNCTION_INFO_V1(redrive__lease_token);
 
 static RedriveSql claim = {
 	"SELECT * FROM redrive._claim_external($1, $2, $3, $4, $5)",
 	5, {OIDOID, TEXTOID, INT4OID, INTERVALOID, TEXTOID}
 };
 
+/*
+ * A claim from a lot that was set aside (redrive._take_work): what the above would
+ * do, in one statement and with no lock but that of the lot.
+ */
+static RedriveSql claim_from_lot = {
+	"WITH l AS MATERIALIZED ("
+	"  SELECT c.*, h.owner FROM redrive.chunks AS c"
+	"  JOIN redrive.handlers AS h ON h.handler_id = c.handler_id JOIN redrive.batches AS b ON b.batch_id = c.batch_id"
+	"  WHERE c.chunk_id = $6 AND c.state = 'orphaned' AND c.kind = 'first' AND c.done = 0 AND c.rescue_count = 0"
+	"  AND c.items > $3 AND $3 BETWEEN 1 AND 10000 AND $4 BETWEEN interval '1 ms' AND interval '30 days' AND b.state = 'running'"
+	"  AND h.name = $2 AND h.kind = 'external' AND NOT h.paused AND h.max_workers IS NULL AND h.tolerated_failures IS NULL"
+	"  AND pg_has_role($1, h.owner::oid, 'USAGE')"
+	"  FOR UPDATE OF c SKIP LOCKED),"
+	" u AS (UPDATE redrive.chunks AS c SET from_no = c.from_no + $3, done_to = c.done_to + $3, items = c.items - $3"
+	"  FROM l WHERE c.chunk_id = l.chunk_id),"
+	" x AS (INSERT INTO redrive.chunks (batch_id, handler_id, part, run_no, kind, state, from_no, to_no, done_to, items,"
+	"   lease_token, claimed_at, progress_at, worker, lease, lease_until)"
+	"  SELECT l.batch_id, l.handler_id, l.part, l.run_no, 'first', 'running', l.from_no, l.done_to + $3, l.done_to, $3,"
+	"   redrive._lease_token(), $7, $7, $5, $4, $7 + $4 FROM l"
+	"  RETURNING chunk_id, lease_token, lease_until, batch_id, part, done_to, to_no)"
+	" SELECT x.chunk_id, x.lease_token, x.lease_until, x.batch_id, x.part, false AS retry, x.done_to, x.to_no, NULL::bigint[] AS settled,"
+	" l.owner::oid AS owner FROM x CROSS JOIN l",
+	7, {OIDOID, TEXTOID, INT4OID, INTERVALOID, TEXTOID, INT8OID, TIMESTAMPTZOID}
+};
+
 static RedriveSql next_due = {
 	"SELECT (extract(epoch FROM redrive._next_due($1) - $1) * 1000)::bigint AS ms",
 	1, {TIMESTAMPTZOID}
 };
+
+/*
+ * The lot of our last claim, and until when the next ones are taken from it
+ * without asking whether something else comes before it.
+ */
+static int64 lot = 0;			/* 0 = none */
+static TimestampTz lot_until = 0;
 
 /* What a claim found. */
 typedef struct Claim
@@ -80,14 +119,22 @@ wait_argument(FunctionCallInfo fcinfo, int arg)
 }
 
 /*
- * Sleep until something may have become claimable, at most ms.  A client that
+ * Sleep until something may have become claimable, at most ms; not at all if
+ * somebody said so since woken was read, before the last look.  A client that
  * has gone meanwhile shall not get anything.
  */
 static void
-sleep_for_work(Oid owner, long ms, uint32 wait_event)
+sleep_for_work(Oid owner, uint64 *woken, long ms, uint32 wait_event)
 {
 	if (redrive_shared != NULL)
-		(void) ConditionVariableTimedSleep(redrive_claimers(owner), ms, wait_event);
+	{
+		RedriveClaimers *claimers = redrive_claimers(owner);
+
+		ConditionVariablePrepareToSleep(&claimers->sleepers);
+		if (pg_atomic_read_u64(&claimers->woken) == *woken)
+			(void) ConditionVariableTimedSleep(&claimers->sleepers, ms, wait_event);
+		*woken = pg_atomic_read_u64(&claimers->woken);
+	}
 	else
 	{
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, Min(ms, LOOK_MS), wait_event);
@@ -138,6 +185,25 @@ read_claim(Claim *found)
 						  &found->settled, NULL, &found->n_settled);
 }
 
+/* Claim from the lot of the last claim, if that was a moment ago; false = search. */
+static bool
+claim_more(Datum *values, char *nulls, Claim *found)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool		isnull;
+
+	if (lot == 0 || now >= lot_until)
+		return false;
+	values[5] = Int64GetDatum(lot);
+	values[6] = TimestampTzGetDatum(now);
+	if (redrive_sql(&claim_from_lot, values, nulls) == 0)
+		return false;
+	read_claim(found);
+	redrive_wake_supervisor_by(found->lease_until);
+	redrive_wake_claimers_at_commit(DatumGetObjectId(redrive_column(0, "owner", &isnull)));
+	return true;
+}
+
 /*
  * Try to claim until there is something, or the time is over; false = nothing.
  * Never sleeps with a lock, or with something written down that others wait for.
@@ -145,10 +211,11 @@ read_claim(Claim *found)
 static bool
 claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 {
-	Datum		values[5];
-	char		nulls[] = "     ";
+	Datum		values[7];
+	char		nulls[] = "       ";
 	int64		wait_ms = wait_argument(fcinfo, 4);
 	TimestampTz began = GetCurrentTimestamp();
+	uint64		woken = PG_UINT64_MAX;	/* not read yet: look once more */
 	uint32		wait_event = redrive_wait_event("RedriveClaim");
 
 	if (wait_ms > 0 && IsolationUsesXactSnapshot())
@@ -163,6 +230,8 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 		values[i + 1] = fcinfo->args[i].value;
 		nulls[i + 1] = fcinfo->args[i].isnull ? 'n' : ' ';
 	}
+	if (claim_more(values, nulls, found))
+		return true;
 	for (;;)
 	{
 		bool		isnull;
@@ -178,6 +247,8 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 		if (strcmp(outcome, "claimed") == 0)
 		{
 			read_claim(found);
+			lot = redrive_int64(0, "lot");
+			lot_until = GetCurrentTimestamp() + LOT_MS * INT64CONST(1000);
 			if (redrive_bool(0, "more"))
 				redrive_wake_claimers_at_commit(owner);
 			return true;
@@ -191,12 +262,7 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 		if (left <= 0)
 			return false;
 		redrive_free_rows();
-
-		/*
-		 * from the first sleep on, which returns at once, no wake-up is
-		 * missed
-		 */
-		sleep_for_work(owner, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
+		sleep_for_work(owner, &woken, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
 	}
 }
 
@@ -247,4 +313,17 @@ redrive_claim_external(PG_FUNCTION_ARGS)
 	}
 	redrive_disconnect();
 	return (Datum) 0;
+}
+
+/* SQL: _lease_token() */
+Datum
+redrive__lease_token(PG_FUNCTION_ARGS)
+{
+	uint64		bits;
+
+	if (!pg_strong_random(&bits, sizeof(bits)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("could not generate a random lease token")));
+	PG_RETURN_INT64((int64) (bits >> (64 - TOKEN_BITS)) + 1);
 }

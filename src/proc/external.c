@@ -17,8 +17,9 @@
 #include "flow/claim.h"
 #include "proc/external.h"
 
-/* How soon after another fold the next one comes. */
+/* How soon after another fold the next one comes, but folds have no more than a tenth of the time. */
 #define FOLD_PAUSE_MS 50
+#define FOLD_SHARE 10
 
 /* How soon we come back for a claim whose batch is locked. */
 #define AGAIN_MS 100
@@ -29,7 +30,7 @@ static RedriveSql next_lease = {
 };
 
 static TimestampTz lease_ends_at = DT_NOEND;	/* the next one */
-static TimestampTz folded_at = 0;
+static TimestampTz fold_from = 0;	/* not before */
 
 static void
 say_wakes_at(RedriveDatabase *entry, TimestampTz at)
@@ -57,7 +58,9 @@ redrive_external_look(RedriveDatabase *entry)
 	bool		wanted = false;
 	bool		isnull;
 
-	if (entry->fold_wanted && TimestampDifferenceExceeds(folded_at, GetCurrentTimestamp(), FOLD_PAUSE_MS))
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (entry->fold_wanted && now >= fold_from)
 	{
 		LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 		wanted = entry->fold_wanted;
@@ -72,7 +75,8 @@ redrive_external_look(RedriveDatabase *entry)
 			entry->fold_wanted = true;
 			LWLockRelease(redrive_shared->lock);
 		}
-		folded_at = GetCurrentTimestamp();
+		fold_from = GetCurrentTimestamp();
+		fold_from += Max(FOLD_PAUSE_MS * INT64CONST(1000), (FOLD_SHARE - 1) * (fold_from - now));
 	}
 	redrive_sql_one_row(&next_lease, NULL, NULL);
 	lease_ends_at = DatumGetTimestampTz(redrive_column(0, "ends_at", &isnull));
@@ -87,7 +91,7 @@ redrive_external_end(RedriveDatabase *entry, long ms)
 	TimestampTz now = GetCurrentTimestamp();
 
 	if (entry->fold_wanted)
-		ms = Min(ms, FOLD_PAUSE_MS);
+		ms = Min(ms, fold_from > now ? (long) ((fold_from - now) / 1000 + 1) : 1);
 	if (lease_ends_at <= now)
 		ms = Min(ms, AGAIN_MS);
 	else if (lease_ends_at - now < ms * INT64CONST(1000))

@@ -57,6 +57,7 @@ SELECT pg_temp.expect('each has one row with its result', pg_temp.done('good'), 
 -- Bad items among good ones: the good ones succeed, the others get what their error means.
 SELECT redrive.submit('conformance', ARRAY['{"n": 1}', '{"n": "one"}', '{}', '{"n": 150}', '{"n": 2}', '{"n": 250}', '{"n": 350}', '{"n": 450}', '{"n": 3}']::jsonb[],
     ARRAY(SELECT 'bad ' || n FROM generate_series(1, 9) AS n), label => 'bad');
+SELECT redrive.submit('conformance', ARRAY['{"n": -5}', '{"n": 1.5}', '{"n": true}', '{"n": null}', '[1]', '5', 'null']::jsonb[], label => 'odd');
 CALL pg_temp.await('bad items are done', $$SELECT state = 'finished' FROM redrive.batch_progress WHERE batch_id = pg_temp.batch('bad')$$);
 SELECT pg_temp.expect('good items among bad ones succeed', pg_temp.counts('bad'), 'finished: 4 succeeded, 1 ignored, 4 failed, 0 cancelled');
 SELECT pg_temp.expect('what failed has left no row', pg_temp.done('bad'), '4 rows, 4 items, sum 62514');
@@ -69,12 +70,20 @@ SELECT pg_temp.expect('a retry has its attempt', (SELECT d.attempt::text FROM co
 SELECT pg_temp.expect('retries are used up', (SELECT format('%s after %s', f.reason, f.retry_count)
         FROM redrive.failed_items AS f WHERE f.batch_id = pg_temp.batch('bad') AND f.item_no = 7), 'exhausted after 2');
 
+-- Other numbers, and payloads that are no object.
+CALL pg_temp.await('odd items are done', $$SELECT state = 'finished' FROM redrive.batch_progress WHERE batch_id = pg_temp.batch('odd')$$);
+SELECT pg_temp.expect('odd items: one succeeds', pg_temp.done('odd'), '1 rows, 1 items, sum 25');
+SELECT pg_temp.expect('odd items: the others fail', (SELECT string_agg(format('%s %s %s', f.item_no, f.state, f.sqlstate), ', ' ORDER BY f.item_no)
+        FROM redrive.failed_items AS f WHERE f.batch_id = pg_temp.batch('odd')),
+    '2 failed E-INPUT, 3 failed E-INPUT, 4 failed E-INPUT, 5 failed E-INPUT, 6 failed E-INPUT, 7 failed E-INPUT');
+
 -- A claim that is taken away while the worker is busy: it must not write anything
 -- for it, has to go on, and all is done once.
 SELECT pg_advisory_lock(5000);
 SELECT pg_temp.submit('late', ARRAY[10, 11, 5000]);
 CALL pg_temp.await('a worker is busy with a claim', $$SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND objid = 5000 AND NOT granted$$);
-SELECT redrive.rescue_stale(now() + interval '40 days');
+-- not by a pass, which would take the claims of all handlers
+SELECT redrive._give_back(c.chunk_id, c.lease_token, true) FROM redrive.chunks AS c WHERE c.batch_id = pg_temp.batch('late') AND c.state = 'running';
 SELECT pg_temp.expect('its claim is taken away', (SELECT count(*)::text FROM redrive.chunks AS c
         WHERE c.batch_id = pg_temp.batch('late') AND c.rescue_count = 1), '1');
 SELECT pg_advisory_unlock(5000);

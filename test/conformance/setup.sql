@@ -6,9 +6,10 @@
 --   psql -X -v ON_ERROR_STOP=1 -f check.sql      as a superuser
 --   psql -X -c 'DROP SCHEMA conformance CASCADE' -c "SELECT redrive.drop_handler('conformance')"
 --
--- The worker's job: for each item with payload {"n": <number>} insert one row into
+-- The worker's job: for each item with payload {"n": <integer>} insert one row into
 -- conformance.done, the result being n * n, in the transaction of settle() or
--- complete().  An item whose n is no number: "failed", code E-INPUT.  An insert
+-- complete().  An item without such an n, be it text, true, a fraction, or a payload
+-- that is no object: "failed", code E-INPUT.  An insert
 -- that the database refuses: "ignored" for SQLSTATE RD001, "failed" for classes 22
 -- and 23, "retry" for any other; with message and SQLSTATE as they are.
 CREATE SCHEMA conformance;

@@ -423,10 +423,40 @@ SELECT redrive.cancel_batch(batch('seen'));
 \pset format aligned
 \x off
 
+-- Who waits sleeps: each look of a handler with max_workers locks it, and gives that up again.
+-- Seen red: with a condition variable alone, which the rollback of the look cancels.
+SELECT redrive.create_handler('limited', kind => 'external', max_workers => 1);
+SELECT pg_snapshot_xmax(pg_current_snapshot()) AS before \gset
+SELECT count(*) FROM redrive.claim('limited', wait => '300 ms');
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - :before < 100 AS sleeps;
+SELECT submit('limited', 'limited', 2);
+SELECT count(*) FROM redrive.claim('limited', 1);
+SELECT pg_snapshot_xmax(pg_current_snapshot()) AS before \gset
+SELECT count(*) FROM redrive.claim('limited', 1, wait => '300 ms');
+SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint - :before < 100 AS sleeps;
+SELECT redrive.cancel_batch(batch('limited'));
+SELECT redrive.release(chunk_id, lease_token) FROM redrive.chunks WHERE state = 'running' AND batch_id = batch('limited');
+SELECT redrive.drop_handler('limited');
+
+-- A claim whose WAL was lost, and the sequences with it: what another one got since has
+-- the same number, but not the same token.  Seen red: with tokens from a sequence.
+SELECT submit('mail', 'lost WAL', 2);
+CREATE TABLE sequences AS SELECT format('redrive.%I', s.sequencename) AS name, s.last_value FROM pg_sequences AS s WHERE s.schemaname = 'redrive' AND s.last_value IS NOT NULL;
+BEGIN;
+SELECT chunk_id AS lost_chunk, lease_token AS lost_token FROM redrive.claim('mail', 2) LIMIT 1 \gset
+ROLLBACK;
+SELECT count(setval(s.name::regclass, s.last_value)) > 0 FROM sequences AS s;
+SELECT count(*) FROM claim('a', 'mail', 2);
+SELECT chunk('a') = :lost_chunk AS same_chunk, token('a') = :lost_token AS same_token;
+SELECT left(how($$SELECT redrive.complete($$ || :lost_chunk || ', ' || :lost_token || ')'), 5) AS how LIMIT 1;
+SELECT complete('a');
+CALL redrive.wait(batch('lost WAL'), '30 s');
+
 -- NOTIFY, for those who ask for it, in the channel redrive_<name>.
 SELECT how($$SELECT redrive.create_handler('inside too', 'row_function', notify => true)$$);
 SELECT how($$SELECT redrive.create_handler(repeat('n', 56), kind => 'external', notify => true)$$);
 SELECT redrive.create_handler('news', kind => 'external');
+SELECT notify FROM redrive.handlers WHERE name = 'news';
 SELECT redrive.alter_handler('news', notify => true);
 SELECT notify FROM redrive.handlers WHERE name = 'news';
 

@@ -54,7 +54,7 @@ SELECT s AS statement, code(s) FROM unnest(ARRAY[
     'INSERT INTO redrive.classification_rules (error_class, action) VALUES (''x'', ''ignore'')',
     'INSERT INTO redrive.batch_progress (batch_id) VALUES (1)', 'UPDATE redrive.failed_items SET state = ''failed''', 'DELETE FROM redrive.items',
     'LOCK TABLE redrive.batches IN ACCESS SHARE MODE', 'SELECT batch_id FROM redrive.batch_progress FOR UPDATE',
-    'SELECT nextval(''redrive.lease_tokens'')', 'SELECT setval(''redrive.batches_batch_id_seq'', 1)', 'SELECT last_value FROM redrive.lease_tokens',
+    'SELECT nextval(''redrive.chunks_chunk_id_seq'')', 'SELECT setval(''redrive.batches_batch_id_seq'', 1)', 'SELECT last_value FROM redrive.chunks_chunk_id_seq',
     'CREATE TRIGGER spy BEFORE UPDATE ON redrive.batches FOR EACH ROW EXECUTE FUNCTION spy()',
     'CREATE TRIGGER spy BEFORE INSERT ON redrive.item_blocks_0 FOR EACH ROW EXECUTE FUNCTION spy()',
     'CREATE TRIGGER spy INSTEAD OF INSERT ON redrive.items FOR EACH ROW EXECUTE FUNCTION spy()',

@@ -49,6 +49,9 @@ my ($out, $err) = ('', '');
 my $submitter = IPC::Run::start([ 'psql', '-X', '-d', $primary->connstr('postgres'), '-c', 'CALL submit_many()' ],
 	'<', \undef, '>', \$out, '2>', \$err);
 $primary->safe_psql('postgres', "CALL await('SELECT count(*) > 300 FROM effects')");
+$primary->safe_psql('postgres', "SELECT redrive.create_handler('outside', kind => 'external');
+	SELECT redrive.submit('outside', ARRAY['1', '2', '3', '4']::jsonb[]);
+	CREATE TABLE kept AS SELECT * FROM redrive.claim('outside', 2)");
 $primary->wait_for_catchup($standby, 'replay', $primary->lsn('insert'));
 
 # what writes says where to go, what reads works; fails without redrive_require_writable()
@@ -61,12 +64,25 @@ foreach my $statement (q{SELECT redrive.submit('work', ARRAY['1']::jsonb[])}, q{
 like($standby->safe_psql('postgres', "SELECT w.fact FROM redrive.batch_progress AS b, redrive.why(b.batch_id) AS w WHERE b.state = 'running' LIMIT 1"), qr/\w/, 'on a standby: why()');
 like($standby->safe_psql('postgres', "SELECT fact FROM redrive.why_push('form', 'crm')"), qr/^standby$/m, 'on a standby: why_push()');
 is($standby->safe_psql('postgres', "SELECT finding FROM redrive.doctor() WHERE finding ~ 'pusher'"), '', 'on a standby: doctor() misses no pusher');
+
+# a claim of an external worker that the standby does not get to know of
+$standby->stop;
+my $lost = $primary->safe_psql('postgres', "SELECT max(chunk_id) || ', ' || max(lease_token) FROM redrive.claim('outside', 2)");
 kill_postmaster($primary);
 eval { $submitter->finish };
 
+$standby->start;
 $standby->promote;
 ok(poll_until($standby, 'SELECT count(*) FROM redrive.workers WHERE item_no = 2', '1'), 'workers start by themselves, and take what the lost one had');
 set_gate($standby, 'promoted', 1);
+
+# external workers: the claim that was replicated is still the worker's, the items of the other one are claimed by somebody else
+my $done = "BEGIN; INSERT INTO effects (item, note) SELECT item_no, batch_id FROM %1\$s; SELECT redrive.complete(max(chunk_id), max(lease_token)) FROM %1\$s; COMMIT";
+$standby->safe_psql('postgres', sprintf($done, 'kept'));
+is($standby->safe_psql('postgres', "CREATE TABLE again AS SELECT * FROM redrive.claim('outside', 4); SELECT string_agg(item_no::text, ' ' ORDER BY item_no) FROM again"), '3 4', 'a claim that was not replicated is for another worker');
+(undef, undef, my $refused) = $standby->psql('postgres', "\\set VERBOSITY sqlstate\nSELECT redrive.complete($lost)");
+like($refused, qr/RD004/, '... and who had it is refused');
+$standby->safe_psql('postgres', sprintf($done, 'again'));
 ok(poll_until($standby, "SELECT count(*) FROM redrive.batches WHERE state <> 'finished'", '0'), 'all batches end');
 cmp_ok($standby->safe_psql('postgres', 'SELECT count(*) FROM redrive.batches'), '>', 30, 'many batches were replicated');
 is( $standby->safe_psql('postgres', 'SELECT coalesce(sum(total), 0) - (SELECT count(*) FROM effects), (SELECT count(*) - count(DISTINCT (note, item)) FROM effects) FROM redrive.batches'),

@@ -45,7 +45,7 @@ BEGIN
     END LOOP;
 END $$});
 batch_is($node, 'short');
-ok(poll_until($node, "SELECT idx_scan >= 200 FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_running_idx'::regclass OR indexrelid = 'redrive.chunks_unfolded_idx'::regclass ORDER BY idx_scan DESC LIMIT 1"), 'claims look for chunks');
+ok(poll_until($node, "SELECT idx_scan >= 200 FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_orphaned_idx'::regclass"), 'claims look for chunks');
 cmp_ok($node->safe_psql('postgres', "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_finished_idx'::regclass"), '<', 200, '... but not among those that ended');
 is($node->safe_psql('postgres', "SELECT coalesce(redrive._next_due((SELECT min(started_at) FROM redrive.batches) - interval '1 min')::text, 'nothing')"), 'nothing', '... and their supervisor sleeps');
 
@@ -233,6 +233,46 @@ ok(poll_until($node, "$end 'another'", 'finished', timeout => 10), 'while a batc
 set_gate($node, 'end', 1);
 ok(poll_until($node, "$end 'locked'", 'finished', timeout => 10), '... and it ends when it is free');
 IPC::Run::finish($open->{run});
+
+# --- several claim of one batch, item by item, from lots; the server crashes under them, and then they go on.  What was claimed
+# comes back by its lease, what is left of a lot by itself.
+$node->safe_psql('postgres', "SELECT redrive.create_handler('many', kind => 'external'); SELECT redrive.submit('many', ARRAY(SELECT to_jsonb(i) FROM generate_series(1000, 2999) AS i), label => 'many')");
+
+# Start clients that claim, do and complete one item after the other until the batch has ended.
+sub start_many
+{
+	my ($n) = @_;
+	return map {
+		client([q{/* many */ DO $$
+DECLARE
+    c record;
+BEGIN
+    WHILE EXISTS (SELECT FROM redrive.batch_progress WHERE label = 'many' AND state <> 'finished') LOOP
+        SELECT x.chunk_id, x.lease_token, x.payload INTO c FROM redrive.claim('many', 1, lease => '5 s', wait => '200 ms') AS x;
+        COMMIT;
+        IF c.chunk_id IS NOT NULL THEN
+            INSERT INTO effects (item) VALUES (c.payload::int);
+            PERFORM redrive.complete(c.chunk_id, c.lease_token);
+            COMMIT;
+        END IF;
+    END LOOP;
+END $$}])
+	} 1 .. $n;
+}
+$open = stays_open("SELECT batch_id FROM redrive.batches WHERE label = 'many' FOR UPDATE");
+my @many = start_many(3);
+ok(poll_until($node, "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '/* many */%' AND wait_event_type = 'Lock'"), 'clients wait for the row of a batch');
+set_gate($node, 'end', 1);
+ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.chunks AS c JOIN redrive.batches AS b USING (batch_id) WHERE b.label = 'many' AND c.state = 'orphaned'"), '... and then set lots aside');
+IPC::Run::finish($open->{run});
+kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE query LIKE '/* many */%' LIMIT 1");
+IPC::Run::finish($_->{run}) foreach @many;
+ok(poll_until($node, "SELECT count(*) FROM redrive.batch_progress WHERE label = 'many' AND pending > 0", '1'), 'after the restart there is something left');
+verified_ok($node, 'after a crash with lots');
+@many = start_many(3);
+batch_is($node, 'many');
+IPC::Run::finish($_->{run}) foreach @many;
+is($node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT item) FROM effects WHERE item >= 1000'), '2000|2000', 'each item is done once');
 
 verified_ok($node, 'at the end');
 $node->stop;

@@ -77,5 +77,26 @@ SKIP:
 check_worker('worker.php', 'php');
 check_worker('worker.sh', 'bash');
 
+# a worker that breaks the contract is found out
+script('setup', '-U', 'worker');
+my $broken = $node->basedir . '/broken.py';
+my $code = slurp_file("$top/examples/workers/worker.py");
+is($code =~ s/n \* n\)/n * n + 1)/, 1, 'a worker is made that writes something else');
+append_to_file($broken, $code);
+my $worker;
+{
+	local %ENV = ($node->_get_env(), PGUSER => 'worker', PGDATABASE => 'postgres');
+	$worker = IPC::Run::start([ '/usr/bin/python3', $broken, 'conformance' ], '<' => \undef, '>' => \my $out, '2>' => \my $err);
+}
+my $answer = script('check');
+like($answer, qr/^FAILED  each has one row with its result: expected 60 rows, 60 items, sum 73810, got 60 rows, 60 items, sum 73870$/m, '... and found out');
+like($answer, qr/ERROR:  the worker does not keep the contract/, '... which is an error');
+$worker->kill_kill;
+
+foreach my $name ('worker.py', 'worker.js', 'worker.php', 'worker.sh')
+{
+	cmp_ok(scalar(split /\n/, slurp_file("$top/examples/workers/$name")), '<', 80, "$name is short");
+}
+
 $node->stop;
 done_testing();
