@@ -22,6 +22,8 @@ SELECT p.name AS platform, u.state, u.wanted_status, u.retry_count, u.error_clas
 FROM redrive.pushes AS u JOIN redrive.platforms AS p USING (platform_id) JOIN redrive.tasks AS t USING (task_id)
 GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5;
 CREATE FUNCTION task(n int) RETURNS bigint LANGUAGE sql AS $$ SELECT task_id FROM redrive.tasks WHERE task_key = 'task ' || n $$;
+-- before the start of any transaction that may be open
+UPDATE redrive.tasks SET changed_at = now() - interval '1 hour';
 SELECT * FROM pass;
 
 -- What got lost comes back: a version that was not wanted; and when a platform was changed also a row that is missing, and a delivery of an older version.

@@ -132,6 +132,8 @@ RESET SESSION AUTHORIZATION;
 SELECT outcome, acted, more, detail FROM redrive.push_tasks();
 SELECT outcome, acted, more, detail FROM redrive.push_tasks();
 SELECT task_key, platform, state FROM redrive.push_status WHERE task_key IN ('1', '4') ORDER BY 1, 2;
+-- claims of another pusher, which the one that may be there does not get to see
+BEGIN;
 INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
 SELECT platform_id, 1, false, now(), now(), array_agg(push_id), array_agg(wanted_version) FROM redrive.pushes GROUP BY platform_id;
 SELECT DISTINCT state, attempts, lease_until IS NOT NULL AS leased FROM redrive.push_status;
@@ -144,6 +146,7 @@ UPDATE redrive.pushes SET retry_count = 3 WHERE task_id = (SELECT min(task_id) F
 INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
 SELECT platform_id, 1, false, now(), now(), ARRAY[push_id], ARRAY[wanted_version] FROM redrive.pushes WHERE task_id = (SELECT min(task_id) FROM redrive.tasks WHERE task_key = 'form' AND status = 'done');
 SELECT outcome, acted, detail FROM redrive.push_tasks(now() + interval '1 min');
+COMMIT;
 SELECT state, count(*) FROM redrive.push_status GROUP BY 1 ORDER BY 1;
 SELECT DISTINCT fact, remedy FROM redrive.why_push('form', 'crm');
 SELECT outcome, acted, detail FROM redrive.push_tasks(now() + interval '31 days');

@@ -63,6 +63,10 @@ SELECT redrive.create_platform('crm', 'https://crm.example/');
 SELECT redrive.pause_platform('crm');
 COMMIT;
 SELECT redrive.record_task('form ' || n, 'secret status') FROM generate_series(1, 12) AS n;
+SQL
+	# it ends what pushers before it have claimed
+	ok(poll_until($node, "SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'redrive pusher' AND state = 'idle'"), 'the pusher has begun');
+	$node->safe_psql('postgres', <<'SQL');
 -- what the pusher would write: 3 under way, 4 waiting, 2 given up; 5 attempts five minutes ago, of which one was delivered
 WITH u AS (SELECT push_id, row_number() OVER (ORDER BY push_id) AS n FROM redrive.pushes)
 UPDATE redrive.pushes AS p SET state = CASE WHEN n <= 7 THEN 'waiting' WHEN n <= 9 THEN 'dead' ELSE 'pending' END::redrive.push_state,
