@@ -82,6 +82,7 @@ give_back(void *arg)
 	Push	   *push = arg;
 
 	push->given_back = true;
+	push->taught = true;		/* there is nothing to learn from it */
 	push->finished_at = GetCurrentTimestamp();
 	redrive_add_result(push);
 }
