@@ -6,6 +6,9 @@ COMMENT ON TYPE redrive.task IS 'One task as a build function sees it';
 CREATE FUNCTION redrive._check_url(url text, allow_http boolean) RETURNS void
 LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__check_url';
 
+CREATE FUNCTION redrive._unlisted_port(url text) RETURNS int
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'redrive__unlisted_port';
+
 CREATE FUNCTION redrive._check_headers(headers jsonb) RETURNS void
 LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__check_headers';
 
@@ -50,6 +53,11 @@ BEGIN
         RAISE EXCEPTION 'permission denied to set "allow_cidr"' USING ERRCODE = '42501',
             DETAIL = 'It lets the server send requests into private networks.',
             HINT = 'Ask a superuser to run redrive.alter_platform(..., allow_cidr => ...).';
+    END IF;
+    IF p_allow_cidr = '{}' AND redrive._unlisted_port(p_url) IS NOT NULL THEN
+        RAISE WARNING 'pushes to port % of the public network are refused', redrive._unlisted_port(p_url) USING
+            DETAIL = format('redrive.http_ports is "%s".', current_setting('redrive.http_ports')),
+            HINT = 'Ask a superuser to add it to redrive.http_ports. Ranges that allow_cidr opens are open on all ports.';
     END IF;
 END
 $$;

@@ -715,6 +715,7 @@ COMMENT ON COLUMN redrive.http_requests.http_status IS 'Status of the last answe
 COMMENT ON COLUMN redrive.http_requests.attempts IS 'Attempts made';
 COMMENT ON COLUMN redrive.http_requests.milliseconds IS 'How long it took';
 COMMENT ON COLUMN redrive.http_requests.error IS 'Why it failed';
+COMMENT ON FUNCTION redrive._unlisted_port IS 'Port of a URL, NULL if it is one of redrive.http_ports';
 COMMENT ON FUNCTION redrive._check_url IS 'Raise an error unless requests can be sent to a URL';
 COMMENT ON FUNCTION redrive._check_headers IS 'Raise an error unless headers may be sent';
 COMMENT ON FUNCTION redrive._wake_builder IS 'Have an executor of a role with build functions look at commit';

@@ -16,6 +16,7 @@
 #include <netinet/in.h>
 
 #include "base/address.h"
+#include "base/guc.h"
 
 /* No list opens these: metadata services of clouds hand out credentials. */
 static const char *const never[] = {
@@ -129,23 +130,30 @@ read_lists(void)
 /*
  * May we open a connection to this address?
  *
- * allow lists ranges that are open although they are not public; allow_only:
- * nothing else is.  What we do not know is refused.
+ * allow lists ranges that are open although they are not public, on all ports;
+ * allow_only: nothing else is.  What we do not know is refused.
  */
-bool
-redrive_address_allowed(const struct sockaddr *sockaddr, const RedriveAddressRange *allow, int n_allow, bool allow_only)
+RedriveVerdict
+redrive_judge_address(const struct sockaddr *sockaddr, const RedriveAddressRange *allow, int n_allow, bool allow_only)
 {
 	int			family = sockaddr->sa_family;
 	const unsigned char *address;
+	int			port;
 
 	if (!read_lists())
-		return false;
+		return VERDICT_REFUSED;
 	if (family == AF_INET)
+	{
 		address = (const unsigned char *) &((const struct sockaddr_in *) sockaddr)->sin_addr;
+		port = ntohs(((const struct sockaddr_in *) sockaddr)->sin_port);
+	}
 	else if (family == AF_INET6)
+	{
 		address = (const unsigned char *) &((const struct sockaddr_in6 *) sockaddr)->sin6_addr;
+		port = ntohs(((const struct sockaddr_in6 *) sockaddr)->sin6_port);
+	}
 	else
-		return false;
+		return VERDICT_REFUSED;
 	for (int i = 0; i < lengthof(embedded) && family == AF_INET6; i++)
 		if (in_range(family, address, &embedded_ranges[i]))
 		{
@@ -153,22 +161,24 @@ redrive_address_allowed(const struct sockaddr *sockaddr, const RedriveAddressRan
 			address += embedded[i].offset;
 		}
 	if (in_list(family, address, never_ranges, lengthof(never)))
-		return false;
+		return VERDICT_REFUSED;
 	if (in_list(family, address, allow, n_allow))
-		return true;
-	return !allow_only && !in_list(family, address, not_public_ranges, lengthof(not_public));
+		return VERDICT_ALLOWED;
+	if (allow_only || in_list(family, address, not_public_ranges, lengthof(not_public)))
+		return VERDICT_REFUSED;
+	return redrive_port_listed(port) ? VERDICT_ALLOWED : VERDICT_PORT_REFUSED;
 }
 
 /* The same for an address as text, in its usual form. */
-bool
-redrive_address_allowed_text(const char *address, const RedriveAddressRange *allow, int n_allow, bool allow_only)
+RedriveVerdict
+redrive_judge_address_text(const char *address, int port, const RedriveAddressRange *allow, int n_allow, bool allow_only)
 {
-	struct sockaddr_in v4 = {.sin_family = AF_INET};
-	struct sockaddr_in6 v6 = {.sin6_family = AF_INET6};
+	struct sockaddr_in v4 = {.sin_family = AF_INET,.sin_port = htons(port)};
+	struct sockaddr_in6 v6 = {.sin6_family = AF_INET6,.sin6_port = htons(port)};
 
 	if (inet_pton(AF_INET, address, &v4.sin_addr) == 1)
-		return redrive_address_allowed((struct sockaddr *) &v4, allow, n_allow, allow_only);
+		return redrive_judge_address((struct sockaddr *) &v4, allow, n_allow, allow_only);
 	if (inet_pton(AF_INET6, address, &v6.sin6_addr) == 1)
-		return redrive_address_allowed((struct sockaddr *) &v6, allow, n_allow, allow_only);
-	return false;
+		return redrive_judge_address((struct sockaddr *) &v6, allow, n_allow, allow_only);
+	return VERDICT_REFUSED;
 }

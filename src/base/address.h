@@ -20,8 +20,15 @@ typedef struct RedriveAddressRange
 	unsigned char address[16];	/* in network order, 4 or 16 bytes of it */
 } RedriveAddressRange;
 
-extern bool redrive_address_allowed(const struct sockaddr *address, const RedriveAddressRange *allow, int n_allow, bool allow_only);
-extern bool redrive_address_allowed_text(const char *address, const RedriveAddressRange *allow, int n_allow, bool allow_only);
+typedef enum RedriveVerdict
+{
+	VERDICT_REFUSED,			/* the address */
+	VERDICT_PORT_REFUSED,		/* not the address, but the port */
+	VERDICT_ALLOWED
+} RedriveVerdict;
+
+extern RedriveVerdict redrive_judge_address(const struct sockaddr *address, const RedriveAddressRange *allow, int n_allow, bool allow_only);
+extern RedriveVerdict redrive_judge_address_text(const char *address, int port, const RedriveAddressRange *allow, int n_allow, bool allow_only);
 extern bool redrive_parse_range(const char *text, RedriveAddressRange *range);
 
 #endif							/* REDRIVE_ADDRESS_H */

@@ -26,6 +26,10 @@ char	   *redrive_http_allow_cidr = NULL;
 /* Which certificates are trusted; empty = those of the system. */
 char	   *redrive_http_ca_file = NULL;
 
+/* Ports of the public network that requests may go to, and the same as bits. */
+char	   *redrive_http_ports = NULL;
+static uint8 listed_ports[(PG_UINT16_MAX + 1) / 8];
+
 /* How many databases of the cluster may use pg_redrive at once? */
 int			redrive_max_databases = 16;
 
@@ -67,6 +71,58 @@ check_ranges(char **value, void **extra, GucSource source)
 	return true;
 }
 
+/* Check hook: a list of ports. */
+static bool
+check_ports(char **value, void **extra, GucSource source)
+{
+	char	   *copy = pstrdup(*value);
+	List	   *ports;
+	ListCell   *lc;
+
+	if (!SplitGUCList(copy, ',', &ports))
+	{
+		GUC_check_errdetail("It is not a list separated by commas.");
+		return false;
+	}
+	foreach(lc, ports)
+	{
+		char	   *text = lfirst(lc);
+		char	   *end;
+		long		port = strtol(text, &end, 10);
+
+		if (*text < '0' || *text > '9' || *end != '\0' || port < 1 || port > PG_UINT16_MAX)
+		{
+			GUC_check_errdetail("\"%s\" is not a port, a number from 1 to 65535.", text);
+			return false;
+		}
+	}
+	return true;
+}
+
+/* Assign hook: read the list, which was checked. */
+static void
+assign_ports(const char *value, void *extra)
+{
+	const char *at = value + strcspn(value, "0123456789");
+
+	memset(listed_ports, 0, sizeof(listed_ports));
+	while (*at != '\0')
+	{
+		char	   *end;
+		long		port = strtol(at, &end, 10);
+
+		listed_ports[port / 8] |= 1 << port % 8;
+		at = end + strcspn(end, "0123456789");
+	}
+}
+
+/* May requests go to this port of the public network? */
+bool
+redrive_port_listed(int port)
+{
+	return port > 0 && port <= PG_UINT16_MAX && (listed_ports[port / 8] & 1 << port % 8) != 0;
+}
+
 /*
  * Define all settings.
  *
@@ -93,6 +149,12 @@ redrive_define_settings(bool preloading)
 							   "Empty means those that the system trusts.",
 							   &redrive_http_ca_file, "",
 							   PGC_SIGHUP, 0, NULL, NULL, NULL);
+
+	DefineCustomStringVariable("redrive.http_ports",
+							   "Lists the ports of the public network that pushes and http_request() may reach.",
+							   "Separated by commas. Ranges that were opened are open on all their ports.",
+							   &redrive_http_ports, "80, 443",
+							   PGC_SUSET, GUC_LIST_INPUT, check_ports, assign_ports, NULL);
 
 	if (preloading)
 		DefineCustomIntVariable("redrive.max_databases",

@@ -11,6 +11,7 @@
 extern bool redrive_enabled;
 extern char *redrive_http_allow_cidr;
 extern char *redrive_http_ca_file;
+extern char *redrive_http_ports;
 extern int	redrive_max_databases;
 extern int	redrive_max_workers;
 extern int	redrive_pass_time_budget;
@@ -18,5 +19,6 @@ extern int	redrive_push_max_in_flight; /* seconds */
 extern int	redrive_worker_idle_timeout;	/* milliseconds */
 
 extern void redrive_define_settings(bool preloading);
+extern bool redrive_port_listed(int port);
 
 #endif							/* REDRIVE_GUC_H */

@@ -20,6 +20,7 @@
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
 
+#include "base/guc.h"
 #include "base/http.h"
 
 #define MAX_URL 2000
@@ -28,6 +29,7 @@
 
 PG_FUNCTION_INFO_V1(redrive__check_url);
 PG_FUNCTION_INFO_V1(redrive__check_headers);
+PG_FUNCTION_INFO_V1(redrive__unlisted_port);
 
 /* Headers that we, libcurl or the protocol set. */
 static const char *const reserved[] = {
@@ -348,6 +350,24 @@ redrive__check_url(PG_FUNCTION_ARGS)
 {
 	redrive_check_url(text_to_cstring(PG_GETARG_TEXT_PP(0)), PG_GETARG_BOOL(1));
 	PG_RETURN_VOID();
+}
+
+/* SQL: _unlisted_port(url), NULL = its port is listed */
+Datum
+redrive__unlisted_port(PG_FUNCTION_ARGS)
+{
+	CURLU	   *parts = curl_url();
+	char	   *port = NULL;
+	int			number = 0;
+
+	if (parts != NULL && curl_url_set(parts, CURLUPART_URL, text_to_cstring(PG_GETARG_TEXT_PP(0)), 0) == CURLUE_OK &&
+		curl_url_get(parts, CURLUPART_PORT, &port, CURLU_DEFAULT_PORT) == CURLUE_OK)
+		number = atoi(port);
+	curl_free(port);
+	curl_url_cleanup(parts);
+	if (redrive_port_listed(number))
+		PG_RETURN_NULL();
+	PG_RETURN_INT32(number);
 }
 
 /* SQL: _check_headers(headers) */

@@ -33,11 +33,14 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 {
 	Transfer   *transfer = arg;
 	curl_socket_t fd;
+	RedriveVerdict verdict = VERDICT_REFUSED;
 
-	if (transfer->too_large || purpose != CURLSOCKTYPE_IPCXN ||
-		!redrive_address_allowed(&address->addr, transfer->allow, transfer->n_allow, transfer->allow_only))
+	if (!transfer->too_large && purpose == CURLSOCKTYPE_IPCXN)
+		verdict = redrive_judge_address(&address->addr, transfer->allow, transfer->n_allow, transfer->allow_only);
+	if (verdict != VERDICT_ALLOWED)
 	{
 		transfer->refused = true;
+		transfer->port_refused = verdict == VERDICT_PORT_REFUSED;
 		return CURL_SOCKET_BAD;
 	}
 	if (!AcquireExternalFD())
@@ -83,18 +86,22 @@ static int
 check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, int local_port)
 {
 	Transfer   *transfer = arg;
+	RedriveVerdict verdict = VERDICT_REFUSED;
 
 	if (transfer->begun)
 	{
 		transfer->again = true;
 		return CURL_PREREQFUNC_ABORT;
 	}
-	if (!transfer->too_large && redrive_address_allowed_text(primary_ip, transfer->allow, transfer->n_allow, transfer->allow_only))
+	if (!transfer->too_large)
+		verdict = redrive_judge_address_text(primary_ip, primary_port, transfer->allow, transfer->n_allow, transfer->allow_only);
+	if (verdict == VERDICT_ALLOWED)
 	{
 		transfer->begun = true;
 		return CURL_PREREQFUNC_OK;
 	}
 	transfer->refused = true;
+	transfer->port_refused = verdict == VERDICT_PORT_REFUSED;
 	transfer->opened = false;
 	return CURL_PREREQFUNC_ABORT;
 }
@@ -379,6 +386,8 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 		snprintf(result->error, sizeof(result->error), "the URL is not one that requests can be sent to");
 	else if (result->refused && transfer->too_large)
 		snprintf(result->error, sizeof(result->error), "the body is longer than %d bytes", REDRIVE_HTTP_MAX_BODY);
+	else if (result->refused && transfer->port_refused)
+		snprintf(result->error, sizeof(result->error), "the port is not one of redrive.http_ports");
 	else if (result->refused)
 		snprintf(result->error, sizeof(result->error), "the address is not of the public network and not allowed");
 	else if (result->ours)

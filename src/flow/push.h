@@ -98,7 +98,7 @@ typedef struct PushClaim
 	int64		claim_id;		/* the fence */
 	int			left;			/* pushes that are not recorded */
 	int			ending;			/* those that are being recorded */
-}			PushClaim;
+} PushClaim;
 
 /* One push that is under way, then its result. */
 typedef struct Push

@@ -81,6 +81,26 @@ $node->safe_psql('postgres', "CREATE ROLE app; SELECT redrive.grant_user('app')"
 is($node->safe_psql('postgres', "SELECT has_function_privilege('app', oid, 'EXECUTE') FROM pg_proc WHERE oid = 'redrive.http_request'::regproc"), 'f', 'users may not, before it is granted');
 like((query($node, "SET ROLE app; SET redrive.http_allow_cidr = '0.0.0.0/0'"))[1], qr/permission denied/, 'and not open private networks');
 
+# Ports of the public network: those that are listed.  Nothing is sent, as none of these is tried.
+#
+# Seen red: with redrive_port_listed() always true, in open_socket() the requests are tried; without the check hook
+# the list of no ports is taken.
+my $port_refused = qr/^f none 1 the port is not one of redrive.http_ports/;
+like(request("'GET', 'https://1.1.1.1:8443/', $at_once"), $port_refused, 'a port that is not listed is refused');
+like(request("'GET', 'https://[::ffff:101:101]:8443/', $at_once"), $port_refused, '... however the address is spelled');
+like((query($node, "SET ROLE app; SET redrive.http_ports = '8443'"))[1], qr/permission denied/, 'users cannot list it');
+$node->safe_psql('postgres', "ALTER SYSTEM SET redrive.http_ports = '8443'; SELECT pg_reload_conf()");
+ok(poll_until($node, "SELECT current_setting('redrive.http_ports') = '8443'"), 'other ports are listed');
+like(request("'GET', 'https://1.1.1.1/', $at_once"), $port_refused, 'now 443 is refused');
+like((query($node, "ALTER SYSTEM SET redrive.http_ports = '$_'"))[1], qr/invalid value for parameter "redrive.http_ports"/, "\"$_\" is no list of ports")
+  foreach ('0', '65536', 'https', '443 80', '-1');
+like((query($node, "SELECT redrive.create_platform('far', 'https://1.1.1.1/hook')"))[1],
+	qr/WARNING:  pushes to port 443 of the public network are refused\nDETAIL:  redrive.http_ports is "8443".\nHINT:  Ask a superuser/, 'who sets such a port is warned');
+$node->safe_psql('postgres', "SELECT redrive.record_task('t', 'new')");
+ok(poll_until($node, "SELECT state = 'blocked' AND message ~ 'the port is not one' FROM redrive.push_status WHERE platform = 'far'"), '... and a push there is blocked, and says so');
+$node->safe_psql('postgres', "SELECT redrive.drop_platform('far'); DELETE FROM redrive.tasks");
+$node->safe_psql('postgres', "ALTER SYSTEM RESET redrive.http_ports; SELECT pg_reload_conf()");
+
 # Certificates: one that is right, and one of the past.
 my $dir = PostgreSQL::Test::Utils::tempdir;
 append_to_file("$dir/ca.conf", "[ca]\ndefault_ca = d\n[d]\ndatabase = $dir/index\nnew_certs_dir = $dir\nrand_serial = yes\ndefault_md = sha256\npolicy = p\n[p]\ncommonName = supplied\n[ext]\nsubjectAltName = IP:127.0.0.1\n");
