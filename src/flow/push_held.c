@@ -27,12 +27,15 @@
 
 #define FLUSH_RESULTS 256		/* record when there are so many */
 #define FLUSH_US 10000			/* or the oldest has waited so long */
+#define FLUSH_HALF_US 4000		/* or so long, and half of a platform's have
+								 * ended */
 
 static Push *results = NULL;	/* to be recorded, the oldest first */
 static Push **last_result = &results;
 static int	n_results = 0;
 static TimestampTz first_result_at;
 static bool half_ended = false; /* of what a platform had under way */
+static bool all_ended = false;	/* of it */
 static Push *held = NULL;
 static TimestampTz held_until = DT_NOEND;
 
@@ -61,6 +64,7 @@ redrive_add_result(Push *push)
 	p->in_flight--;
 	p->ended++;
 	half_ended |= p->ended >= p->in_flight;
+	all_ended |= p->in_flight == 0;
 }
 
 /* When to record what there is; DT_NOEND = there is nothing. */
@@ -69,7 +73,9 @@ redrive_results_due(TimestampTz now)
 {
 	if (n_results == 0)
 		return DT_NOEND;
-	return n_results >= FLUSH_RESULTS || half_ended ? now : first_result_at + FLUSH_US;
+	if (n_results >= FLUSH_RESULTS || all_ended)
+		return now;
+	return first_result_at + (half_ended ? FLUSH_HALF_US : FLUSH_US);
 }
 
 /* Return what is to be recorded, in the current context. */
@@ -94,6 +100,7 @@ redrive_clear_results(List *platforms)
 	last_result = &results;
 	n_results = 0;
 	half_ended = false;
+	all_ended = false;
 	foreach(lc, platforms)
 		((Platform *) lfirst(lc))->ended = 0;
 }
