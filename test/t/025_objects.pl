@@ -92,6 +92,24 @@ sub resume
 	return;
 }
 
+# The batch of an owner that was dropped is paused and says so; give the handler to
+# another role by what why() proposes, and resume the batch.
+sub owner_replaced
+{
+	my ($label, $handler) = @_;
+
+	batch_is($node, $label, 'paused');
+	like($node->safe_psql('postgres', "SELECT pause_reason FROM redrive.batch_progress WHERE label = '$label'"),
+		qr/^handler "$handler" cannot run: its owner, the role with OID \d+, was dropped$/, '... and tells why');
+	my $update = remedy($label, 'owner gone');
+	like($update, qr/^UPDATE redrive.handlers SET owner = 'another_role' WHERE name = '$handler';$/, '... and why() tells what to do');
+	log_is_short(10, $label);
+	$update =~ s/another_role/heir/;
+	$node->safe_psql('postgres', "GRANT ALL ON effects, gates TO heir; GRANT EXECUTE ON FUNCTION do_item TO heir; SELECT redrive.grant_user('heir'); $update");
+	resume($label);
+	return;
+}
+
 my $function = q{
 CREATE FUNCTION do_item(item redrive.item) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -118,7 +136,7 @@ populate('postgres');
 
 # --- the handler's function is replaced by another one: the batch goes on with that
 #
-# Seen red: without function_gone in src/flow/segment.c up to a chunk of items fails
+# Seen red: without handler_gone in src/flow/segment.c up to a chunk of items fails
 # with XX000, without any retry left.
 start_batch('replaced');
 hang_free("BEGIN; DROP FUNCTION do_item; $function ALTER FUNCTION do_item OWNER TO app; COMMIT", 'the function is dropped and made anew');
@@ -200,17 +218,41 @@ foreach my $case (
 }
 
 # --- the owner is dropped
+#
+# Seen red: without require_role in src/flow/segment.c items fail with 42704, for
+# current_user is nobody any more.
 $node->safe_psql('postgres', 'GRANT CONNECT ON DATABASE postgres TO PUBLIC');
 start_batch('owner dropped');
-hang_free('REASSIGN OWNED BY app TO postgres; DROP OWNED BY app; DROP ROLE app', 'the owner is dropped');
-batch_is($node, 'owner dropped', 'paused');
-my $update = remedy('owner dropped', 'owner gone');
-like($update, qr/^UPDATE redrive.handlers SET owner = 'another_role' WHERE name = 'work';$/, '... and why() tells what to do');
-log_is_short(10, 'owner dropped');
-$update =~ s/another_role/heir/;
-$node->safe_psql('postgres', "GRANT ALL ON effects, gates TO heir; GRANT EXECUTE ON FUNCTION do_item TO heir; SELECT redrive.grant_user('heir'); $update");
-resume('owner dropped');
+hang_free('BEGIN; REASSIGN OWNED BY app TO postgres; DROP OWNED BY app; DROP ROLE app; COMMIT', 'the owner is dropped');
+owner_replaced('owner dropped', 'work');
 done_once('owner dropped');
+
+# --- it is dropped while a call runs, which does not notice: nothing is committed that was done for nobody
+#
+# Seen red: without require_role the batches are finished.
+foreach my $case ([ 'quiet', 'item redrive.item', 'SELECT item.*', 'row' ], [ 'quiet_set', 'items redrive.item[]', 'SELECT i.* FROM unnest(items) AS i', 'set' ])
+{
+	my ($label, $arguments, $items, $kind) = @$case;
+
+	set_gate($node, $label, 0);
+	$node->safe_psql('postgres', qq{
+CREATE ROLE leaver LOGIN;
+SELECT redrive.grant_user('leaver');
+CREATE FUNCTION do_$label($arguments) RETURNS void LANGUAGE plpgsql AS \$\$
+BEGIN
+    PERFORM public.wait_for_gate('$label');
+    INSERT INTO public.effects (item, login, role, note) SELECT i.item_no, 'any', 'any', '$label' FROM ($items) AS i;
+END \$\$;
+SET ROLE leaver;
+SELECT redrive.create_handler('do $label', 'do_$label', kind => '$kind', max_retries => 0);
+SELECT redrive.submit('do $label', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 20) AS i), label => '$label')});
+	ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.workers WHERE handler = 'do $label' AND item_no IS NOT NULL"), "$label: a call runs");
+	log_lines();
+	hang_free('BEGIN; DROP OWNED BY leaver; DROP ROLE leaver; COMMIT', "$label: the owner is dropped");
+	set_gate($node, $label, 1);
+	owner_replaced($label, "do $label");
+	done_once($label, 20);
+}
 
 # --- the extension is updated while workers run: it locks all that they use
 my ($dir, $version) = split /\|/, $node->safe_psql('postgres', q{
