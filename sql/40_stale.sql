@@ -650,30 +650,56 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION redrive.rescue_stale(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+-- Refuse who may not run passes: they act on the batches of all roles.  Whoever may
+-- run all of them may run each.
+CREATE FUNCTION redrive._require_operator(p_caller oid, p_function text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN redrive._pass('rescue_stale', as_of);
+    IF NOT pg_has_role(p_caller, (SELECT e.extowner FROM pg_extension AS e WHERE e.extname = 'pg_redrive'), 'USAGE')
+       AND NOT has_function_privilege(p_caller, 'redrive.run_pass(text, timestamptz)', 'EXECUTE') THEN
+        RAISE EXCEPTION 'permission denied for redrive.%()', p_function USING ERRCODE = '42501',
+            DETAIL = 'It acts on the batches of all roles.',
+            HINT = 'Ask a superuser or the owner of the extension; redrive.why() tells about your own batches.';
+    END IF;
 END
 $$;
+
+CREATE FUNCTION redrive._rescue_stale(p_caller oid, p_as_of timestamptz) RETURNS redrive.pass_result
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM redrive._require_operator(p_caller, 'rescue_stale');
+    RETURN redrive._pass('rescue_stale', p_as_of);
+END
+$$;
+
+CREATE FUNCTION redrive.rescue_stale(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.rescue_stale IS
 'Pass: put right the batches of redrive.stale_batches that lost their worker, do not move, were never sealed or not marked as finished, and wake workers for those that did not start. Returns one row, which is also kept in redrive.pass_history; more = call again. As of another time for tests.';
 
-CREATE FUNCTION redrive.retry_failed(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION redrive._retry_failed(p_caller oid, p_as_of timestamptz) RETURNS redrive.pass_result
+LANGUAGE plpgsql AS $$
 BEGIN
-    RETURN redrive._pass('retry_failed', as_of);
+    PERFORM redrive._require_operator(p_caller, 'retry_failed');
+    RETURN redrive._pass('retry_failed', p_as_of);
 END
 $$;
+
+CREATE FUNCTION redrive.retry_failed(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.retry_failed IS
 'Pass: start a new run of batches whose failed items wait for this pass (handlers without retry_delay), wake workers for retries that are overdue, and end items that waited longer than retry_window as failed, reason expired. Returns one row, which is also kept in redrive.pass_history; more = call again.';
 
-CREATE FUNCTION redrive.purge(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION redrive._purge(p_caller oid, p_as_of timestamptz) RETURNS redrive.pass_result
+LANGUAGE plpgsql AS $$
 BEGIN
-    RETURN redrive._pass('purge', as_of);
+    PERFORM redrive._require_operator(p_caller, 'purge');
+    RETURN redrive._pass('purge', p_as_of);
 END
 $$;
+
+CREATE FUNCTION redrive.purge(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.purge IS
 'Pass: remove what ended longer ago than the retention (redrive.set_retention()), part by part; live batches stay. A part in use is skipped until the next time. Returns one row, which is also kept in redrive.pass_history; more = call again.';
 

@@ -149,11 +149,15 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION redrive.push_tasks(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION redrive._push_tasks(p_caller oid, p_as_of timestamptz) RETURNS redrive.pass_result
+LANGUAGE plpgsql AS $$
 BEGIN
-    RETURN redrive._pass('push_tasks', as_of);
+    PERFORM redrive._require_operator(p_caller, 'push_tasks');
+    RETURN redrive._pass('push_tasks', p_as_of);
 END
 $$;
+
+CREATE FUNCTION redrive.push_tasks(as_of timestamptz DEFAULT now()) RETURNS redrive.pass_result
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.push_tasks IS
 'Pass: plan pushes of tasks that changed since the last pass and have none of their version, of all tasks in the window after a platform was made or changed; end attempts whose lease is over, give up what is older than push_window, and wake the pusher when something is due. Returns one row, which is also kept in redrive.pass_history; more = call again.';

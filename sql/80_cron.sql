@@ -53,6 +53,7 @@ DECLARE
     j record;
     v_ids bigint[];
 BEGIN
+    PERFORM redrive._require_operator((SELECT r.oid FROM pg_roles AS r WHERE r.rolname = current_user), 'schedule_passes');
     IF $1 IS NULL THEN
         RAISE EXCEPTION 'schedule must not be null' USING ERRCODE = '22004', HINT = 'Leave the argument out to run the passes each minute.';
     END IF;
@@ -78,6 +79,7 @@ CREATE FUNCTION redrive.unschedule_passes()
 RETURNS SETOF redrive.scheduled_pass
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM redrive._require_operator((SELECT r.oid FROM pg_roles AS r WHERE r.rolname = current_user), 'unschedule_passes');
     PERFORM redrive._check_cron(NULL);
     RETURN QUERY EXECUTE
         'SELECT c.jobname::text, c.schedule, c.command

@@ -9,9 +9,8 @@ LANGUAGE sql STABLE AS $$
     SELECT p.oid::regprocedure
     FROM pg_proc AS p
     WHERE p.pronamespace = 'redrive'::regnamespace
-      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_owner_needs_login', '_slots') OR p.proname LIKE '\_report\_%' OR p.proname = '_task_source')
-      AND p.proname NOT IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'schedule_passes', 'unschedule_passes',
-                            'set_retention', 'http_request', 'grant_user', 'grant_monitor', 'revoke_user')
+      AND (p.proname NOT LIKE '\_%' OR p.proname IN ('_preloaded', '_owner_needs_login', '_slots', '_require_operator') OR p.proname LIKE '\_report\_%' OR p.proname = '_task_source')
+      AND p.proname NOT IN ('run_pass', 'set_retention', 'http_request', 'grant_user', 'grant_monitor', 'revoke_user')
     ORDER BY p.oid
 $$;
 COMMENT ON FUNCTION redrive._user_routines IS 'Functions that grant_user() grants';

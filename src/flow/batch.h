@@ -150,7 +150,7 @@ typedef struct RedriveChunk
 	bool		ended;			/* all of it is committed */
 	bool		commit_failed;	/* an interval of one item could not be
 								 * committed */
-	bool		function_gone;	/* the handler's function was dropped */
+	bool		handler_gone;	/* its function or owner was dropped */
 	List	   *rules;			/* classification rules that matched */
 	bool		commit_each;	/* a commit failed: one item per transaction
 								 * up to alone_to */

@@ -152,12 +152,12 @@ redrive_run_set(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interva
 		interval->end = to;
 		return;
 	}
-	if (result.function_gone || result.bad_outcome)
+	if (result.handler_gone || result.bad_outcome)
 	{
 		/* no item's fault: given back, and without an outcome yet */
 		interval->stop = true;
-		chunk->function_gone = result.function_gone;
-		if (!result.function_gone)
+		chunk->handler_gone = result.handler_gone;
+		if (!result.handler_gone)
 			interval->pause_reason = MemoryContextStrdup(chunk->cxt, result.error->message);
 		return;
 	}

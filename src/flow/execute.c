@@ -96,13 +96,13 @@ run_range(RedriveCall *call, RedriveChunk *chunk, RedriveInterval *interval, Red
 				interval->end = resume + 1;
 			return;
 		}
-		if (result.function_gone)
+		if (result.handler_gone)
 		{
 			/*
 			 * given back: the next claim takes the one of that name, or
 			 * pauses
 			 */
-			interval->stop = chunk->function_gone = true;
+			interval->stop = chunk->handler_gone = true;
 			return;
 		}
 		if (result.failed < 0 && to - interval->end > 1)
@@ -303,7 +303,7 @@ run_chunk(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 		now = GetCurrentTimestamp();
 		if (now > chunk->claimed_at)
 			slot->items_per_second = chunk->done * 1e6 / (now - chunk->claimed_at);
-		if (chunk->function_gone || redrive_stop_requested() || !redrive_enabled || (deadline != 0 && now >= deadline) ||
+		if (chunk->handler_gone || redrive_stop_requested() || !redrive_enabled || (deadline != 0 && now >= deadline) ||
 			now - chunk->claimed_at > MAX_CHUNK_US)
 			go_on = false;
 		CHECK_FOR_INTERRUPTS();
@@ -349,8 +349,8 @@ show_nothing(RedriveSlot *slot)
 }
 
 /*
- * The handler cannot be called at all: its function is gone or may not be
- * executed.  No item's fault: the batch is paused and says why.
+ * The handler cannot be called at all: its function or its owner is gone, or may
+ * not execute it.  No item's fault: the batch is paused and says why.
  */
 static void
 pause_for_defect(RedriveChunk *chunk, ErrorData *error)
@@ -395,6 +395,7 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
 			ereport(LOG, (errmsg("%s", error->message), errdetail("%s", error->detail)));
 		else if (!chunk->started && (error->sqlerrcode == ERRCODE_UNDEFINED_FUNCTION ||
 									 error->sqlerrcode == ERRCODE_UNDEFINED_SCHEMA ||
+									 error->sqlerrcode == ERRCODE_UNDEFINED_OBJECT ||
 									 error->sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE ||
 									 error->sqlerrcode == ERRCODE_WRONG_OBJECT_TYPE))
 			pause_for_defect(chunk, error);

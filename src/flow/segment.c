@@ -22,6 +22,7 @@
 #include "storage/latch.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
@@ -147,11 +148,30 @@ redrive_leave_user_code(UserCode *save)
 	SetUserIdAndSecContext(save->user, save->context);
 }
 
+/* Is the session's role still there?  The session would go on without it. */
+static bool
+role_exists(void)
+{
+	AcceptInvalidationMessages();
+	return SearchSysCacheExists1(AUTHOID, ObjectIdGetDatum(GetUserId()));
+}
+
+/* Throw 42704 when the session's role was dropped. */
+static void
+require_role(void)
+{
+	if (!role_exists())
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("its owner, the role with OID %u, was dropped", GetUserId())));
+}
+
 /*
  * Look the handler's function up and prepare to call it.
  *
  * Throws what the look-up throws: 42883 when it is gone, 42501 when the
- * session's role may not execute it.  The result lives as long as the chunk.
+ * session's role may not execute it, 42704 when there is no such role any more.
+ * The result lives as long as the chunk.
  */
 RedriveCall *
 redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
@@ -162,6 +182,7 @@ redrive_prepare_call(RedriveChunk *chunk, RedriveSlot *slot)
 	Oid			function = redrive_find_function(chunk->handler.function, signature, false);
 	const int	nargs = signature == SIGNATURE_KEY_PAYLOAD ? 2 : 1;
 
+	require_role();
 	if (!redrive_may_execute(function, GetUserId()))
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -310,7 +331,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 	result->failed = -1;
 	redrive_crumb->id = 0;
 	redrive_crumb->kind = set && to - from > 1 ? CRUMB_SEGMENT : CRUMB_ITEM;
-	result->function_gone = result->bad_outcome = false;
+	result->handler_gone = result->bad_outcome = false;
 	call->judging = false;
 	call->n_outcomes = 0;
 
@@ -346,6 +367,8 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		if (good > 1)
 			redrive_crumb->kind = CRUMB_SEGMENT;
 		redrive_fire_deferred();
+		/* rights and policies were not those of anybody */
+		require_role();
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(old_cxt);
 		CurrentResourceOwner = old_owner;
@@ -378,7 +401,7 @@ redrive_run_segment(RedriveCall *call, RedriveInterval *interval,
 		/* else it would go on with the rows of this call */
 		if (call->outcome_desc != NULL)
 			call->flinfo.fn_extra = NULL;
-		result->function_gone = !SearchSysCacheExists1(PROCOID, ObjectIdGetDatum(call->flinfo.fn_oid));
+		result->handler_gone = !role_exists() || !SearchSysCacheExists1(PROCOID, ObjectIdGetDatum(call->flinfo.fn_oid));
 	}
 	PG_END_TRY();
 	redrive_crumb->kind = CRUMB_NONE;

@@ -22,7 +22,8 @@ typedef struct SegmentResult
 	int			failed;			/* page index of the item that failed, -1 =
 								 * not known */
 	ErrorData  *error;			/* NULL = no item failed */
-	bool		function_gone;	/* dropped under our hands: no item's fault */
+	bool		handler_gone;	/* its function or owner was dropped under our
+								 * hands: no item's fault */
 	bool		bad_outcome;	/* the set handler is wrong about its items */
 } SegmentResult;
 

@@ -114,6 +114,29 @@ SELECT count(*) FROM (SELECT c FROM cells(body(), 'doctor') AS c EXCEPT SELECT c
 SELECT count(*) > 0 AS findings FROM cells(body(), 'doctor');
 RESET SESSION AUTHORIZATION;
 
+-- Names of roles and codes of outcomes are words of users, too; those of classes have no such characters.
+SELECT f FROM fails($$INSERT INTO redrive.classification_rules (error_class, action) VALUES ('<i>class</i>', 'fail')$$) AS f LIMIT 1;
+CREATE ROLE "regress_report</p><script>alert(4)</script> & 'co'" LOGIN;
+SELECT redrive.grant_user('regress_report</p><script>alert(4)</script> & ''co''');
+SET SESSION AUTHORIZATION "regress_report</p><script>alert(4)</script> & 'co'";
+SELECT redrive.create_handler('codes', kind => 'external');
+SELECT redrive.submit('codes', ARRAY['1', '2', '3']::jsonb[], label => 'codes') IS NULL AS n;
+SELECT chunk_id, lease_token FROM redrive.claim('codes', 2, '5 min') ORDER BY item_no LIMIT 1 \gset
+SELECT redrive.complete(:chunk_id, :lease_token, ARRAY[(1, 'failed', 'not so', '<u>code</u> & "co"', NULL), (2, 'failed', 'nor so', '</td>', NULL)]::redrive.outcome[]);
+SELECT chunk_id, lease_token FROM redrive.claim('codes', 1, '5 min') \gset
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', 'TIME') AS workers FROM cells(body(), 'workers') AS c;
+SELECT regexp_replace(c, '\d{4}-\d\d-\d\d \d\d:\d\d\|\w+$', 'TIME|FINGERPRINT') AS groups FROM cells(body(), 'groups') AS c ORDER BY 1;
+SELECT regexp_replace((xpath('string(//header/p)', b))[1]::text, '^.*\), as (.*) sees it.*$', '\1') AS who,
+    xpath('count(//script | //i | //u | //p/p | //b[not(parent::li)])', b)::text AS elements_of_users
+FROM body() AS b;
+SELECT redrive.report_html() ~ '<script|<i>|<u>|<td></td>|& ' AS raw;
+SELECT redrive.complete(:chunk_id, :lease_token);
+RESET SESSION AUTHORIZATION;
+SELECT redrive._fold_ended() IS NULL AS folded;
+SELECT redrive.drop_handler('codes');
+SELECT redrive.revoke_user('regress_report</p><script>alert(4)</script> & ''co''');
+DROP ROLE "regress_report</p><script>alert(4)</script> & 'co'";
+
 -- Platforms: the numbers of platform_health and push_attempts.
 SET SESSION AUTHORIZATION regress_report_owner;
 BEGIN;

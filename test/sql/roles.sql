@@ -42,8 +42,7 @@ WHERE c.relnamespace = 'redrive'::regnamespace AND c.relkind IN ('r', 'p') AND N
 SELECT r, p.oid::regprocedure
 FROM unnest(ARRAY['regress_roles_a', 'regress_roles_monitor', 'regress_roles_nobody']) AS r CROSS JOIN pg_proc AS p
 WHERE p.pronamespace = 'redrive'::regnamespace AND has_function_privilege(r, p.oid, 'EXECUTE')
-  AND (p.proname LIKE '\_%' AND p.proname NOT LIKE '\_report\_%' OR p.proname IN ('rescue_stale', 'retry_failed', 'push_tasks', 'purge', 'run_pass', 'http_request', 'set_retention', 'schedule_passes', 'unschedule_passes',
-                                             'grant_user', 'grant_monitor', 'revoke_user'))
+  AND (p.proname LIKE '\_%' AND p.proname NOT LIKE '\_report\_%' OR p.proname IN ('run_pass', 'http_request', 'set_retention', 'grant_user', 'grant_monitor', 'revoke_user'))
 ORDER BY 1, 2;
 
 SET SESSION AUTHORIZATION regress_roles_b;
@@ -68,7 +67,8 @@ SELECT s AS statement, code(s) FROM unnest(ARRAY[
     'ALTER EXTENSION pg_redrive DROP TABLE redrive.handlers', 'DROP EXTENSION pg_redrive', 'COMMENT ON SCHEMA redrive IS ''mine''',
     'CREATE FUNCTION plant() RETURNS void LANGUAGE c AS ''pg_redrive'', ''redrive_as_owner''',
     'SELECT redrive._fold(1)', 'SELECT redrive._give_back(1, 1, true)', 'SELECT redrive._pause_batch(10, 1)', 'SELECT redrive._claim(10, 1, now(), 1, true)',
-    'SELECT redrive._wake(10)', 'SELECT redrive._lock_pass(''purge'')', 'SELECT redrive.rescue_stale()', 'CALL redrive.run_pass(''purge'')']) AS s;
+    'SELECT redrive._wake(10)', 'SELECT redrive._lock_pass(''purge'')', 'SELECT redrive.rescue_stale()', 'SELECT redrive.retry_failed()', 'SELECT redrive.push_tasks()', 'SELECT redrive.purge()',
+    'SELECT redrive.schedule_passes()', 'SELECT redrive.unschedule_passes()', 'CALL redrive.run_pass(''purge'')']) AS s;
 RESET SESSION AUTHORIZATION;
 
 -- What ALTER DEFAULT PRIVILEGES gives does not reach us: with a right to write, or
