@@ -64,11 +64,18 @@ $node->safe_psql(
 	'postgres', q{
 CREATE FUNCTION note_finish(batch_id bigint, run_no int) RETURNS void LANGUAGE sql AS '';
 SELECT redrive.create_handler('small', 'do_item', on_finish => 'note_finish');
+-- never many at a time: what a turn has to do at once takes memory too
 CREATE PROCEDURE send_many(n int) LANGUAGE plpgsql AS $$
+DECLARE
+    v_batch bigint;
+    v_state redrive.batch_state;
 BEGIN
     FOR i IN 1 .. n LOOP
-        PERFORM redrive.submit('small', ARRAY['1', '2']::jsonb[]);
+        v_batch := redrive.submit('small', ARRAY['1', '2']::jsonb[]);
         COMMIT;
+        IF i % 50 = 0 THEN
+            CALL redrive.wait(v_batch, NULL, v_state);
+        END IF;
     END LOOP;
 END $$;
 });
