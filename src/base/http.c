@@ -111,6 +111,15 @@ add_pool(RedriveHttp *http)
 	 */
 	curl_multi_setopt(pool->multi, CURLMOPT_MAXCONNECTS, (long) n * 2);
 	curl_multi_setopt(pool->multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, (long) Max(n, Min(n * 2, max_safe_fds / 4)));
+#if LIBCURL_VERSION_NUM >= 0x081400
+
+	/*
+	 * 8.20, where lookups share threads: none that hangs, perhaps longer than
+	 * its request, holds up others, nor the end of the pool.
+	 */
+	(void) curl_multi_setopt(pool->multi, CURLMOPT_RESOLVE_THREADS_MAX, (long) n * 4);
+	(void) curl_multi_setopt(pool->multi, CURLMOPT_QUICK_EXIT, 1L);
+#endif
 	pool->next = http->pool;
 	http->pool = pool;
 	http->generation++;

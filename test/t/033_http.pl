@@ -246,7 +246,8 @@ $few->stop;
 
 # A name server that does not answer delays nobody, and nothing waits for it.
 #
-# Seen red: without CURLOPT_QUICK_EXIT in make_handle() (src/base/http_transfer.c).
+# Seen red: without CURLOPT_QUICK_EXIT in make_handle() (src/base/http_transfer.c), and with libcurl 8.20 or later without CURLMOPT_QUICK_EXIT in
+# add_pool() (src/base/http.c).
 SKIP:
 {
 	my $library = "$dir/slow_lookup.so";
