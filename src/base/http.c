@@ -92,16 +92,6 @@ add_pool(RedriveHttp *http)
 	curl_multi_setopt(pool->multi, CURLMOPT_TIMERFUNCTION, set_timer);
 	curl_multi_setopt(pool->multi, CURLMOPT_TIMERDATA, pool);
 	curl_multi_setopt(pool->multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
-#if LIBCURL_VERSION_NUM >= 0x081400
-
-	/*
-	 * 8.20 looks names up in threads that it keeps: not in so few that names
-	 * which are not answered hold up others, and without a wait for them at
-	 * the end
-	 */
-	(void) curl_multi_setopt(pool->multi, CURLMOPT_RESOLVE_THREADS_MAX, (long) n);
-	(void) curl_multi_setopt(pool->multi, CURLMOPT_QUICK_EXIT, 1L);
-#endif
 
 	/*
 	 * Both count connections in use too: with fewer, slow ones push all
