@@ -147,6 +147,21 @@ sub kill_and_wait
 	return $pid;
 }
 
+# Return the ids of the processes that are children of this one.
+sub children_of
+{
+	my ($parent) = @_;
+	my @children;
+
+	foreach my $stat (glob('/proc/[0-9]*/stat'))
+	{
+		open(my $fh, '<', $stat) or next;
+		my ($pid, $ppid) = (<$fh> // '') =~ /^(\d+) \(.*\) \S (\d+) /s or next;
+		push @children, $pid if $ppid == $parent;
+	}
+	return @children;
+}
+
 # Kill -9 the postmaster, with all its children if wanted (everything => 1), and
 # wait until it and its children are gone, so that the node can be started again.
 sub kill_postmaster
@@ -154,17 +169,14 @@ sub kill_postmaster
 	my ($node, %opt) = @_;
 	my $pidfile = $node->data_dir . '/postmaster.pid';
 	my ($postmaster) = split /\n/, slurp_file($pidfile);
-	my ($children, $err) = query($node,
-		"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE pid <> pg_backend_pid()");
 
-	# stopped, it does not see them die
-	if ($opt{everything})
-	{
-		kill('STOP', $postmaster);
-		kill('KILL', split(/ /, $children));
-	}
+	# stopped, it starts no child that would not be waited for, and does not see them die
+	kill('STOP', $postmaster) or die "could not stop the postmaster $postmaster: $!";
+	usleep(1000) until slurp_file("/proc/$postmaster/stat") =~ /\) [Tt] /;
+	my @children = children_of($postmaster) or die "no children of the postmaster $postmaster were found";
+	kill('KILL', @children) if $opt{everything};
 	$node->kill9;
-	foreach my $pid ($postmaster, split(/ /, $children // ''))
+	foreach my $pid ($postmaster, @children)
 	{
 		wait_for_exit($pid) or die "process $pid did not exit";
 	}
