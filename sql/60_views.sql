@@ -140,14 +140,14 @@ SELECT v.name AS handler, g.fingerprint, g.error_class, g.sqlstate,
     g.items, g.waiting, g.failed, g.first_seen, g.last_seen
 FROM (
     SELECT f.handler_id, f.fingerprint, f.error_class, f.sqlstate,
-        min(f.message) AS sample_message,
+        min(f.message COLLATE "C") COLLATE "default" AS sample_message,
         count(*) AS items,
         count(*) FILTER (WHERE f.state = 'waiting') AS waiting,
         count(*) FILTER (WHERE f.state = 'failed') AS failed,
         min(f.first_failed_at) AS first_seen,
         max(f.last_failed_at) AS last_seen
     FROM redrive.failures AS f
-    JOIN redrive.batches AS b ON b.batch_id = f.batch_id AND b.part = f.part
+    JOIN redrive.batches AS b ON b.batch_id = f.batch_id
     GROUP BY f.handler_id, f.fingerprint, f.error_class, f.sqlstate
 ) AS g
 JOIN redrive._visible AS v ON v.handler_id = g.handler_id;

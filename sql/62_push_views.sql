@@ -64,10 +64,12 @@ WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redriv
 
 -- For the report and the metrics: attempts without their tasks.
 CREATE VIEW redrive._pushed WITH (security_barrier) AS
-SELECT l.finished_at, p.name AS platform, l.delivered, l.charged
+SELECT l.finished_at, l.delivered, l.charged
 FROM redrive.push_log AS l
-JOIN redrive.platforms AS p ON p.platform_id = l.platform_id
-WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
+WHERE l.platform_id = ANY (ARRAY(
+    SELECT p.platform_id
+    FROM redrive.platforms AS p
+    WHERE pg_has_role(p.owner::oid, 'USAGE') OR has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT')));
 
 CREATE VIEW redrive.http_requests WITH (security_barrier) AS
 SELECT h.requested_at, pg_get_userbyid(h.requested_by) AS role, h.method, h.host, h.ok, h.http_status, h.attempts, h.milliseconds, h.error

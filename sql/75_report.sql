@@ -113,9 +113,9 @@ LANGUAGE sql IMMUTABLE AS $$
 $$;
 
 -- Up to 48 parts of the time, at round moments; in hours, for a day may have 23 or 25.
-CREATE FUNCTION redrive._report_parts(p_since interval, OUT part interval, OUT first timestamptz, OUT unit text)
+CREATE FUNCTION redrive._report_parts(p_since interval, OUT part interval, OUT origin timestamptz, OUT first timestamptz, OUT unit text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT x.b, date_bin(x.b, now() - $1, date_trunc('day', now())), 'per ' || x.n
+    SELECT x.b, date_trunc('day', now()), date_bin(x.b, now() - $1, date_trunc('day', now())), 'per ' || x.n
     FROM (VALUES (interval '1 min', 'minute'), ('5 min', '5 minutes'), ('15 min', '15 minutes'), ('30 min', '30 minutes'), ('1 hour', 'hour'),
         ('3 hours', '3 hours'), ('6 hours', '6 hours'), ('24 hours', 'day'), ('168 hours', 'week'), ('720 hours', '30 days'), ('8760 hours', '365 days')) AS x (b, n)
     WHERE x.b * 48 >= $1 OR x.b >= interval '365 days'
@@ -139,7 +139,7 @@ BEGIN
     INTO v_times, v_good, v_ignored, v_failed, v_retry
     FROM generate_series(p.first, now(), p.part) AS t (at)
     LEFT JOIN (
-        SELECT date_bin(p.part, x.finished_at, date_trunc('day', now())) AS at,
+        SELECT date_bin(p.part, x.finished_at, p.origin) AS at,
             sum(x.done) AS done, sum(x.succeeded) AS succeeded, sum(x.ignored) AS ignored, sum(x.failed) AS failed
         FROM redrive._ended AS x
         WHERE x.finished_at >= p.first
@@ -172,7 +172,7 @@ BEGIN
     INTO v_times, v_delivered, v_charged, v_free
     FROM generate_series(p.first, now(), p.part) AS t (at)
     LEFT JOIN (
-        SELECT date_bin(p.part, x.finished_at, date_trunc('day', now())) AS at,
+        SELECT date_bin(p.part, x.finished_at, p.origin) AS at,
             count(*) FILTER (WHERE x.delivered) AS delivered, count(*) FILTER (WHERE NOT x.delivered AND x.charged) AS charged, count(*) FILTER (WHERE NOT x.delivered AND NOT x.charged) AS free
         FROM redrive._pushed AS x
         WHERE x.finished_at >= p.first
