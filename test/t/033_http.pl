@@ -140,25 +140,28 @@ ok( poll_until($node, "SELECT string_agg(platform || ' ' || state || ' ' || coal
 	'pushes: only the right one is delivered, the others cost no retries');
 is(scalar(received($right)) . ' ' . scalar(received($expired)), '2 0', 'to the others nothing was sent');
 
+my $lookup_library = "$dir/lookup.so";
+my $have_lookup = system("cc -shared -fPIC -o $lookup_library $FindBin::Bin/../lookup.c -ldl 2>&1") == 0;
+
 # A name is judged by the address that the socket is opened to, not by one that it had before.
 #
-# Seen red: with redrive_address_allowed() in open_socket()
+# Seen red: with redrive_judge_address() in open_socket()
 # (src/base/http_transfer.c) always true.
 SKIP:
 {
-	skip 'no libnss_wrapper, which lets a test say what a name resolves to', 8 if system('LD_PRELOAD=libnss_wrapper.so true 2>&1 | grep -q .') == 0;
+	skip 'no compiler, for a library that says what a name resolves to', 8 unless $have_lookup;
 
-	my $hosts = "$dir/hosts";
 	my $name = "http://rebind.test:$receiver->{port}";
 	my $resolve = sub {
-		unlink $hosts;
-		append_to_file($hosts, join('', map { "$_ rebind.test\n" } @_));
+		append_to_file("$dir/addresses", join('', map { "$_\n" } @_));
+		rename("$dir/addresses", "$dir/names/rebind.test") or die $!;
 	};
+	mkdir "$dir/names" or die $!;
 	$resolve->('127.0.0.1');
 	my $named = new_node('named', start => 0, conf => "redrive.http_allow_cidr = '127.0.0.1/32'\n");
 	{
-		local $ENV{LD_PRELOAD} = join ' ', grep { length } $ENV{LD_PRELOAD} // '', 'libnss_wrapper.so';
-		local $ENV{NSS_WRAPPER_HOSTS} = $hosts;
+		local $ENV{LD_PRELOAD} = join ' ', grep { length } $ENV{LD_PRELOAD} // '', $lookup_library;
+		local $ENV{LOOKUP_NAMES} = "$dir/names";
 		$named->start;
 	}
 	$named->safe_psql('postgres', 'CREATE EXTENSION pg_redrive');
@@ -250,15 +253,14 @@ $few->stop;
 # add_pool() (src/base/http.c).
 SKIP:
 {
-	my $library = "$dir/slow_lookup.so";
 	my $lookup = "$dir/lookup";
 
-	skip 'no compiler, for a library whose lookups hang', 9 if system("cc -shared -fPIC -o $library $FindBin::Bin/../slow_lookup.c -ldl 2>&1") != 0;
+	skip 'no compiler, for a library whose lookups hang', 9 unless $have_lookup;
 	append_to_file($lookup, '');
 	my $slow = new_node('slow', start => 0);
 	{
-		local $ENV{LD_PRELOAD} = join ' ', grep { length } $ENV{LD_PRELOAD} // '', $library;
-		local $ENV{SLOW_LOOKUP} = $lookup;
+		local $ENV{LD_PRELOAD} = join ' ', grep { length } $ENV{LD_PRELOAD} // '', $lookup_library;
+		local $ENV{LOOKUP_HANGS} = $lookup;
 		$slow->start;
 	}
 	$slow->safe_psql('postgres', 'CREATE EXTENSION pg_redrive');
