@@ -61,8 +61,9 @@ $$;
 
 -- When the next work that is not due yet becomes due.
 CREATE FUNCTION redrive._next_due(p_as_of timestamptz) RETURNS timestamptz
-LANGUAGE sql STABLE AS $$
-    SELECT least(
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN least(
         -- once claimed it has been due; the time of the last claim may be a moment later than ours
         (SELECT min(b.serve_after) FROM redrive.batches AS b WHERE b.claimable AND b.state = 'ready' AND b.serve_after > p_as_of),
         (SELECT min(w.due)
@@ -88,7 +89,8 @@ LANGUAGE sql STABLE AS $$
             WHERE x.platform_id = p.platform_id AND x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at > p_as_of
             ORDER BY x.next_attempt_at
             LIMIT 1) AS u
-         WHERE p.build IS NOT NULL AND NOT p.paused))
+         WHERE p.build IS NOT NULL AND NOT p.paused));
+END
 $$;
 
 -- Take one chunk for a worker of p_owner: by priority, then the work that has

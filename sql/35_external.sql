@@ -13,10 +13,13 @@ $$;
 
 -- When the next lease ends, in the past too.
 CREATE FUNCTION redrive._next_lease() RETURNS timestamptz
-LANGUAGE sql STABLE AS $$
-    SELECT min(greatest(c.lease_until, (SELECT u.since FROM redrive._up AS u) + c.lease))
-    FROM redrive.chunks AS c
-    WHERE c.state = 'running' AND c.lease_until IS NOT NULL
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (
+        SELECT min(greatest(c.lease_until, (SELECT u.since FROM redrive._up AS u) + c.lease))
+        FROM redrive.chunks AS c
+        WHERE c.state = 'running' AND c.lease_until IS NOT NULL);
+END
 $$;
 
 CREATE FUNCTION redrive._check_lease(p_lease interval) RETURNS void

@@ -86,6 +86,8 @@ typedef struct RedriveDatabase
 	TimestampTz wakes_at;		/* the supervisor sleeps until then; the end
 								 * of time while it does not sleep */
 	bool		fold_wanted;	/* an external worker ended a chunk */
+	TimestampTz folds_at;		/* the supervisor will see then whether it is;
+								 * the end of time if somebody has to wake it */
 	TimestampTz no_process_since;	/* a worker was wanted and there was no
 									 * process for it; 0 = there was */
 	RedriveHeldBack held_back[REDRIVE_MAX_HELD_BACK];	/* written by its

@@ -86,7 +86,7 @@ want_fold(void)
 	if (database != NULL && !database->fold_wanted)
 	{
 		database->fold_wanted = true;
-		if (database->latch != NULL)
+		if (database->latch != NULL && database->folds_at == DT_NOEND)
 			SetLatch(database->latch);
 	}
 	LWLockRelease(redrive_shared->lock);

@@ -32,14 +32,6 @@ static RedriveSql next_lease = {
 static TimestampTz lease_ends_at = DT_NOEND;	/* the next one */
 static TimestampTz fold_from = 0;	/* not before */
 
-static void
-say_wakes_at(RedriveDatabase *entry, TimestampTz at)
-{
-	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-	entry->wakes_at = at;
-	LWLockRelease(redrive_shared->lock);
-}
-
 /*
  * Begin a turn: from now on our looks may miss what is committed.  Returns
  * whether a lease has ended.
@@ -47,55 +39,72 @@ say_wakes_at(RedriveDatabase *entry, TimestampTz at)
 bool
 redrive_external_begin(RedriveDatabase *entry)
 {
-	say_wakes_at(entry, DT_NOEND);
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	entry->wakes_at = DT_NOEND;
+	/* what is wanted meanwhile is seen at the end of the turn */
+	entry->folds_at = 0;
+	LWLockRelease(redrive_shared->lock);
 	return lease_ends_at <= GetCurrentTimestamp();
 }
 
-/* Fold what external workers have ended, and see when the next lease ends. */
+/* Fold what external workers have ended, if it is time. */
 void
-redrive_external_look(RedriveDatabase *entry)
+redrive_external_fold(RedriveDatabase *entry)
 {
-	bool		wanted = false;
-	bool		isnull;
-
 	TimestampTz now = GetCurrentTimestamp();
+	bool		wanted;
 
-	if (entry->fold_wanted && now >= fold_from)
+	if (now < fold_from)
+		return;
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	wanted = entry->fold_wanted;
+	entry->fold_wanted = false;
+	LWLockRelease(redrive_shared->lock);
+	if (!wanted)
+		return;
+	if (redrive_fold_ended())
 	{
 		LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-		wanted = entry->fold_wanted;
-		entry->fold_wanted = false;
+		entry->fold_wanted = true;
 		LWLockRelease(redrive_shared->lock);
 	}
-	if (wanted)
-	{
-		if (redrive_fold_ended())
-		{
-			LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
-			entry->fold_wanted = true;
-			LWLockRelease(redrive_shared->lock);
-		}
-		fold_from = GetCurrentTimestamp();
-		fold_from += Max(FOLD_PAUSE_MS * INT64CONST(1000), (FOLD_SHARE - 1) * (fold_from - now));
-	}
+	fold_from = GetCurrentTimestamp();
+	fold_from += Max(FOLD_PAUSE_MS * INT64CONST(1000), (FOLD_SHARE - 1) * (fold_from - now));
+}
+
+/* See when the next lease ends; return when to look again, at the latest at "at". */
+TimestampTz
+redrive_external_look(TimestampTz at)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool		isnull;
+
 	redrive_sql_one_row(&next_lease, NULL, NULL);
 	lease_ends_at = DatumGetTimestampTz(redrive_column(0, "ends_at", &isnull));
 	if (isnull)
 		lease_ends_at = DT_NOEND;
+	if (lease_ends_at <= now)
+		return Min(at, now + AGAIN_MS * INT64CONST(1000));
+	return Min(at, lease_ends_at);
 }
 
-/* End a turn: return how long to sleep, at most ms. */
+/*
+ * End a turn; the next whole one is at turn_at.  Returns how long to sleep in ms.
+ *
+ * After a fold we wake once more by ourselves: so who ends chunks all the time
+ * does not wake us for each fold, and a fold is no whole turn.
+ */
 long
-redrive_external_end(RedriveDatabase *entry, long ms)
+redrive_external_end(RedriveDatabase *entry, TimestampTz turn_at)
 {
 	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz folds_at = DT_NOEND;
 
-	if (entry->fold_wanted)
-		ms = Min(ms, fold_from > now ? (long) ((fold_from - now) / 1000 + 1) : 1);
-	if (lease_ends_at <= now)
-		ms = Min(ms, AGAIN_MS);
-	else if (lease_ends_at - now < ms * INT64CONST(1000))
-		ms = (long) ((lease_ends_at - now) / 1000 + 1);
-	say_wakes_at(entry, now + ms * INT64CONST(1000));
-	return ms;
+	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
+	if (entry->fold_wanted || fold_from > now)
+		folds_at = fold_from;
+	entry->folds_at = folds_at;
+	entry->wakes_at = turn_at;
+	LWLockRelease(redrive_shared->lock);
+	return Max(TimestampDifferenceMilliseconds(now, Min(turn_at, folds_at)), 1);
 }

@@ -11,7 +11,8 @@
 #include "base/shmem.h"
 
 extern bool redrive_external_begin(RedriveDatabase *entry);
-extern void redrive_external_look(RedriveDatabase *entry);
-extern long redrive_external_end(RedriveDatabase *entry, long ms);
+extern void redrive_external_fold(RedriveDatabase *entry);
+extern TimestampTz redrive_external_look(TimestampTz at);
+extern long redrive_external_end(RedriveDatabase *entry, TimestampTz turn_at);
 
 #endif							/* REDRIVE_EXTERNAL_H */

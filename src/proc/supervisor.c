@@ -408,6 +408,8 @@ redrive_supervisor_main(Datum arg)
 	RedriveDatabase *entry;
 	bool		taken;
 	bool		must_rescue = true;
+	bool		woken = true;
+	TimestampTz turn_at = 0;	/* the next whole turn, if nobody wakes us */
 	TimestampTz rescued_at = 0;
 	uint32		wait_event;
 
@@ -435,7 +437,8 @@ redrive_supervisor_main(Datum arg)
 
 	while (!ShutdownRequestPending)
 	{
-		long		sleep_ms = TICK_MS;
+		bool		whole;		/* or only a fold */
+		int			events;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -444,6 +447,7 @@ redrive_supervisor_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 		}
 		ResetLatch(MyLatch);
+		whole = woken || GetCurrentTimestamp() >= turn_at;
 		if (redrive_external_begin(own_entry))
 			must_rescue = true;
 		if (reap_executors())
@@ -461,21 +465,29 @@ redrive_supervisor_main(Datum arg)
 			redrive_rescue();
 			must_rescue = false;
 			rescued_at = GetCurrentTimestamp();
+			whole = true;
 		}
 		pgstat_report_activity(STATE_RUNNING, "redrive: start workers");
-		if (redrive_enabled)
+		if (whole)
 		{
-			long		pusher_ms = redrive_start_pusher(own_entry, supervisor_cxt);
+			turn_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), TICK_MS);
+			if (redrive_enabled)
+			{
+				long		pusher_ms = redrive_start_pusher(own_entry, supervisor_cxt);
+				long		sleep_ms = dispatch();
 
-			sleep_ms = dispatch();
-			if (pusher_ms > 0)
-				sleep_ms = Min(sleep_ms, pusher_ms);
+				if (pusher_ms > 0)
+					sleep_ms = Min(sleep_ms, pusher_ms);
+				turn_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), sleep_ms);
+			}
 		}
-		redrive_external_look(own_entry);
+		redrive_external_fold(own_entry);
+		if (whole)
+			turn_at = redrive_external_look(turn_at);
 		redrive_worker_end();
-		sleep_ms = redrive_external_end(own_entry, sleep_ms);
 
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, sleep_ms, wait_event);
+		events = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, redrive_external_end(own_entry, turn_at), wait_event);
+		woken = (events & WL_LATCH_SET) != 0;
 	}
 	proc_exit(0);
 }
