@@ -4,7 +4,8 @@
 //   procs   client processes; they are started and connected before the time is taken
 //   size    items that are claimed at a time
 //   style   each = a transaction per item, on several connections at a time, and the queue's own books after it;
-//           batch = one transaction for what was claimed and for the queue's own books;
+//           turn = one transaction for what was claimed and for the queue's own books, statement by statement;
+//           batch = the same, statements sent without waiting for the answers before;
 //           settle = of redrive: a transaction per item, with the outcome in it
 //   claims  of redrive: lazy = claims do not wait for the disk; all else does, in every queue
 // Filling the queue is not measured.  The database is that of PGHOST, PGPORT, PGUSER, PGDATABASE.

@@ -1,8 +1,8 @@
-// pg-boss: each = its worker, with the settings its documentation gives for throughput; batch = fetch() and complete()
+// pg-boss: each = its worker, with the settings its documentation gives for throughput; turn, batch = fetch(), and complete()
 // in the transaction of the work.
 import pg from 'pg';
 import { PgBoss } from 'pg-boss';
-import { approveAll, approveEach, LANES, pipelined } from './work.mjs';
+import { approveAll, approveEach, approveInTurn, LANES, pipelined } from './work.mjs';
 
 const QUEUE = 'approve';
 
@@ -28,17 +28,17 @@ export async function connect() {
   return { boss: await start(), pool: new pg.Pool({ max: LANES * 2 }), clients: await Promise.all([pipelined(), pipelined()]) };
 }
 
-async function loop(boss, client, size) {
+async function loop(boss, client, size, approveJobs) {
   for (;;) {
     const jobs = await boss.fetch(QUEUE, { batchSize: size });
     if (jobs.length === 0) return;
-    await approveAll(client, jobs.map((job) => job.data.id),
+    await approveJobs(client, jobs.map((job) => job.data.id),
       (c) => boss.complete(QUEUE, jobs.map((job) => job.id), null, { db: { executeSql: (text, values) => c.query(text, values) } }));
   }
 }
 
 export async function work({ boss, pool, clients }, { size, style }) {
-  if (style === 'batch') return Promise.all(clients.map((client) => loop(boss, client, size)));
+  if (style !== 'each') return Promise.all(clients.map((client) => loop(boss, client, size, style === 'batch' ? approveAll : approveInTurn)));
   return boss.work(QUEUE, { batchSize: size, localConcurrency: size > 1 ? 2 : LANES, pollingIntervalSeconds: 0.5, burstWhenBatchFull: true },
     (jobs) => approveEach(pool, jobs.map((job) => job.data.id)));
 }

@@ -1,6 +1,6 @@
 // PgQ with a consumer that is a client; one ticker batch is one claim.  The queue is made by bench/pgq.sql.
 import pg from 'pg';
-import { approveAll, approveEach, LANES, pipelined } from './work.mjs';
+import { approveAll, approveEach, approveInTurn, LANES, pipelined } from './work.mjs';
 
 export const fill = (db, { items, size }) => db.query(`CALL pgq_enqueue(${items}, ${size})`);
 
@@ -16,6 +16,7 @@ export async function work({ client, pool }, { style }) {
     const ids = events.map((event) => JSON.parse(event.ev_data).id);
     const finish = (c) => c.query('SELECT pgq.finish_batch($1)', [batch]);
     if (style === 'batch') await approveAll(client, ids, finish);
+    else if (style === 'turn') await approveInTurn(client, ids, finish);
     else { await approveEach(pool, ids); await finish(client); }
   }
 }

@@ -1,6 +1,6 @@
 // pg_redrive: claim() and complete(); examples/workers has the readable form.
 import pg from 'pg';
-import { approve, approveAll, approveEach, LANES, pipelined } from './work.mjs';
+import { approve, approveAll, approveEach, approveInTurn, LANES, pipelined } from './work.mjs';
 
 // connections that claim, of each process; more when they wait for a commit of each item
 const connections = ({ size, style }) => (size === 1 || style === 'settle' ? 8 : 2);
@@ -41,6 +41,7 @@ async function loop(client, pool, { size, style, claims }) {
     const complete = (c) => c.query({ ...COMPLETE, values: [chunk_id, lease_token] });
     if (style === 'settle') await complete(client);
     else if (style === 'batch') await approveAll(client, ids, complete);
+    else if (style === 'turn') await approveInTurn(client, ids, complete);
     else { await approveEach(pool, ids); await complete(client); }
   }
 }

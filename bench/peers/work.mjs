@@ -25,8 +25,16 @@ export async function approveEach(pool, ids) {
   }));
 }
 
-// One transaction for all items and what "after" does on the same connection.  If one fails all are rolled back; a
-// worker would then do them one by one, with savepoints.
+// One transaction for all items and what "after" does on the same connection, each statement sent when the one before is answered.
+export async function approveInTurn(client, ids, after) {
+  await client.query('BEGIN');
+  for (const id of ids) await approve(client, id);
+  await after(client);
+  await client.query('COMMIT');
+}
+
+// The same, sent without waiting for answers.  If one fails all are rolled back; a worker would then do them one by one,
+// with savepoints.
 export async function approveAll(client, ids, after) {
   await Promise.all([client.query('BEGIN'), ...ids.map((id) => approve(client, id)), after(client), client.query('COMMIT')]);
 }
