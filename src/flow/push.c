@@ -30,14 +30,14 @@ static RedriveSql claim_pushes = {
 	.lookups = true,
 	.text =
 	"WITH due AS MATERIALIZED ("
-	" SELECT d.push_id, d.task_id, d.push_key, w.platform_id, w.probe, w.built, w.lease_until FROM ("
-	"  SELECT z.*, $5 + p.lease AS lease_until FROM unnest($1, $2, $3, $4) AS z (platform_id, room, probe, built)"
+	" SELECT d.push_id, d.task_id, d.push_key, w.platform_id, w.config_version, w.probe, w.built, w.lease_until FROM ("
+	"  SELECT z.*, p.config_version, $5 + p.lease AS lease_until FROM unnest($1, $2, $3, $4) AS z (platform_id, room, probe, built)"
 	"  JOIN redrive.platforms AS p ON p.platform_id = z.platform_id) AS w"
 	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key FROM redrive.pushes AS x"
 	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
 	"  AND x.push_id NOT IN (SELECT unnest($7))"
 	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d LIMIT $8),"
-	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.probe, d.lease_until, c.version, c.body FROM due AS d"
+	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
 	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN"
 	"    json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
@@ -47,7 +47,7 @@ static RedriveSql claim_pushes = {
 	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)"
 	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)"
 	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
-	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.probe, w.body, c.claim_id"
+	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id"
 	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id",
 	.nargs = 8,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID}
 };
@@ -103,10 +103,11 @@ under_way(Platform **platforms, int n, List *claimed)
  *
  * Returns a list of Claimed in the current context, which has to outlive the
  * transaction.  It has to be committed before anything is sent, and then the list
- * is for redrive_keep_claimed().
+ * is for redrive_keep_claimed().  Sets outdated if a platform has changed since it was
+ * loaded: what was claimed may have been recorded together with that.
  */
 List *
-redrive_claim_pushes(List *platforms, int room, int64 pusher)
+redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 {
 	static int	first = 0;
 	const TimestampTz now = GetCurrentTimestamp();
@@ -126,6 +127,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 	ListCell   *lc;
 	uint64		rows;
 
+	*outdated = false;
 	foreach(lc, platforms)
 		if (!((Platform *) lfirst(lc))->paused)
 		n_active++;
@@ -189,7 +191,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher)
 		push->version = redrive_int64(row, "version");
 		push->is_probe = redrive_bool(row, "probe");
 		push->started_at = now;
-		push->config_version = push->platform->config_version;
+		*outdated |= redrive_int64(row, "config_version") != push->platform->config_version;
 		push->platform->asked--;
 		c->push = push;
 		c->id = redrive_text(row, "id", result_cxt);

@@ -142,7 +142,7 @@ typedef struct Claimed
 /* push.c */
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
-extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher);
+extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated);
 extern void redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);

@@ -132,6 +132,7 @@ send_push(Claimed *claimed)
 	RedriveHttpRequest request = {0};
 
 	p->in_flight++;
+	push->config_version = p->config_version;
 	if (claimed->body == NULL || body_len > REDRIVE_HTTP_MAX_BODY)
 	{
 		refuse_body(push);
@@ -231,6 +232,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		int64		version = redrive_platforms_version();
 		int			room = redrive_push_max_in_flight - redrive_http_in_flight(http);
 		Platform   *alone = platform_alone();
+		bool		outdated = false;
 
 		if (version != platforms_version)
 		{
@@ -239,7 +241,9 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		}
 		MemoryContextSwitchTo(claim_cxt);
 		if (room > 0)
-			claimed = redrive_claim_pushes(alone != NULL ? list_make1(alone) : platforms, alone != NULL ? 1 : room, pusher);
+			claimed = redrive_claim_pushes(alone != NULL ? list_make1(alone) : platforms, alone != NULL ? 1 : room, pusher, &outdated);
+		if (outdated)
+			platforms = redrive_load_platforms(platforms, pusher_cxt);
 		/* without room, requests that end will tell */
 		*next_due = alone != NULL ? 0 : list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
 		MemoryContextSwitchTo(TopMemoryContext);
