@@ -64,7 +64,7 @@ WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redriv
 
 -- For the report and the metrics: attempts without their tasks.
 CREATE VIEW redrive._pushed WITH (security_barrier) AS
-SELECT l.finished_at, l.delivered, l.charged
+SELECT l.finished_at, (SELECT p.name FROM redrive.platforms AS p WHERE p.platform_id = l.platform_id) AS platform, l.delivered, l.charged
 FROM redrive.push_log AS l
 WHERE l.platform_id = ANY (ARRAY(
     SELECT p.platform_id
