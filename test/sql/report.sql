@@ -122,7 +122,8 @@ FROM body() AS b;
 SELECT redrive.report_html() ~ '<script|<i>|<u>|<td></td>|& ' AS raw;
 SELECT redrive.complete(:chunk_id, :lease_token);
 RESET SESSION AUTHORIZATION;
-SELECT redrive._fold_ended() IS NULL AS folded;
+SELECT batch_id AS b FROM redrive.batch_progress WHERE label = 'codes' \gset
+CALL redrive.wait(:b, '30 s');
 SELECT redrive.drop_handler('codes');
 SELECT redrive.revoke_user('regress_report</p><script>alert(4)</script> & ''co''');
 DROP ROLE "regress_report</p><script>alert(4)</script> & 'co'";
