@@ -59,7 +59,7 @@ LANGUAGE sql STABLE AS $$
     WHERE p.build IS NOT NULL AND NOT p.paused
 $$;
 
--- When the next work that is not due yet becomes due.
+-- When the next work that is not due yet becomes due.  In plpgsql, which keeps the plan: the supervisor asks in each turn.
 CREATE FUNCTION redrive._next_due(p_as_of timestamptz) RETURNS timestamptz
 LANGUAGE plpgsql STABLE AS $$
 BEGIN

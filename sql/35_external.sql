@@ -11,7 +11,7 @@ LANGUAGE sql AS $$
     SELECT pg_notify('redrive_' || h.name, '') FROM redrive.handlers AS h WHERE h.handler_id = $1 AND h.notify
 $$;
 
--- When the next lease ends, in the past too.
+-- When the next lease ends, in the past too.  In plpgsql, as _next_due.
 CREATE FUNCTION redrive._next_lease() RETURNS timestamptz
 LANGUAGE plpgsql STABLE AS $$
 BEGIN

@@ -134,6 +134,7 @@ FROM (
 JOIN redrive.batches AS b ON b.batch_id = a.batch_id AND b.part = a.part
 JOIN redrive._visible AS v ON v.handler_id = b.handler_id;
 
+-- Any message will do as the sample; to compare bytes takes less time than the rules of a language.
 CREATE VIEW redrive.failure_groups WITH (security_barrier) AS
 SELECT v.name AS handler, g.fingerprint, g.error_class, g.sqlstate,
     CASE WHEN v.mine THEN g.sample_message END AS sample_message,

@@ -172,7 +172,12 @@ sub kill_postmaster
 
 	# stopped, it starts no child that would not be waited for, and does not see them die
 	kill('STOP', $postmaster) or die "could not stop the postmaster $postmaster: $!";
-	usleep(1000) until slurp_file("/proc/$postmaster/stat") =~ /\) [Tt] /;
+	my $end = time() + $timeout;
+	until (slurp_file("/proc/$postmaster/stat") =~ /\) [Tt] /)
+	{
+		die "the postmaster $postmaster did not stop" if time() > $end;
+		usleep(1000);
+	}
 	my @children = children_of($postmaster) or die "no children of the postmaster $postmaster were found";
 	kill('KILL', @children) if $opt{everything};
 	$node->kill9;

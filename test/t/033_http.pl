@@ -146,7 +146,7 @@ my $have_lookup = system("cc -shared -fPIC -o $lookup_library $FindBin::Bin/../l
 # A name is judged by the address that the socket is opened to, not by one that it had before.
 #
 # Seen red: with redrive_judge_address() in open_socket()
-# (src/base/http_transfer.c) always true.
+# (src/base/http_transfer.c) always VERDICT_ALLOWED.
 SKIP:
 {
 	skip 'no compiler, for a library that says what a name resolves to', 8 unless $have_lookup;
