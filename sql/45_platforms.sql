@@ -54,10 +54,17 @@ BEGIN
             DETAIL = 'It lets the server send requests into private networks.',
             HINT = 'Ask a superuser to run redrive.alter_platform(..., allow_cidr => ...).';
     END IF;
+END
+$$;
+
+-- What is allowed, but will not work.
+CREATE FUNCTION redrive._warn_of_port(p_url text, p_allow_cidr cidr[]) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
     IF p_allow_cidr = '{}' AND redrive._unlisted_port(p_url) IS NOT NULL THEN
         RAISE WARNING 'pushes to port % of the public network are refused', redrive._unlisted_port(p_url) USING
             DETAIL = format('redrive.http_ports is "%s".', current_setting('redrive.http_ports')),
-            HINT = 'Ask a superuser to add it to redrive.http_ports. Ranges that allow_cidr opens are open on all ports.';
+            HINT = 'Ask a superuser to add it to redrive.http_ports, and to run redrive.redrive_push() for what was refused until then. Ranges that allow_cidr opens are open on all ports.';
     END IF;
 END
 $$;
@@ -92,6 +99,7 @@ BEGIN
     END IF;
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_platform(p_caller, p_url, p_allow_http, p_headers, p_allow_cidr);
+    PERFORM redrive._warn_of_port(p_url, p_allow_cidr);
     INSERT INTO redrive.platforms (name, owner, url, method, headers, build, success_when, max_retries, retry_interval, retry_factor, retry_delay_max,
         permanent_status, push_window, timeout, connect_timeout, lease, max_in_flight, rate_limit, allow_http, allow_cidr)
     VALUES (p_name, p_caller, p_url, upper(p_method)::redrive.http_method, p_headers, p_build, p_success_when, p_max_retries, p_retry_interval, p_retry_factor, p_retry_delay_max,
@@ -140,6 +148,9 @@ BEGIN
     END IF;
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_platform(p_caller, coalesce(p_url, p.url), coalesce(p_allow_http, p.allow_http), coalesce(p_headers, p.headers), p_allow_cidr);
+    IF p_url IS NOT NULL OR p_allow_cidr IS NOT NULL THEN
+        PERFORM redrive._warn_of_port(coalesce(p_url, p.url), coalesce(p_allow_cidr, p.allow_cidr));
+    END IF;
     IF p_build IS NOT NULL OR 'build' = ANY (v_unset) THEN
         -- waits for those who plan by the old function
         PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR UPDATE;

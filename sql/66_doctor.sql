@@ -241,7 +241,7 @@ LANGUAGE sql STABLE AS $$
     WHERE u.state = 'dead'
     GROUP BY p.name
     UNION ALL
-    SELECT 'warning', format('%s pushes to platform "%s" are blocked.', count(*), p.name), format('SELECT message FROM redrive.push_status WHERE platform = %1$L AND state = ''blocked''; then SELECT redrive.alter_platform(%1$L, ...);', p.name)
+    SELECT 'warning', format('%s pushes to platform "%s" are blocked.', count(*), p.name), format('SELECT message FROM redrive.push_status WHERE platform = %1$L AND state = ''blocked''; then SELECT redrive.alter_platform(%1$L, ...); or, if the cause was elsewhere, SELECT redrive.redrive_push(%1$L);', p.name)
     FROM redrive.pushes AS u JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
     WHERE u.state = 'blocked' AND u.error_class IS DISTINCT FROM 'test'
     GROUP BY p.name

@@ -726,6 +726,7 @@ COMMENT ON FUNCTION redrive._wake_builder IS 'Have an executor of a role with bu
 COMMENT ON FUNCTION redrive._wake_pusher IS 'Have the pusher look at commit';
 COMMENT ON FUNCTION redrive._platform IS 'Row of a platform that the caller may control';
 COMMENT ON FUNCTION redrive._check_platform IS 'Checks of a platform that a constraint cannot do';
+COMMENT ON FUNCTION redrive._warn_of_port IS 'Warning when pushes to this URL will be refused for its port';
 COMMENT ON FUNCTION redrive._bad_platform IS 'Raise an error about a value of a platform';
 COMMENT ON FUNCTION redrive._create_platform IS 'Body of create_platform()';
 COMMENT ON FUNCTION redrive._check_method IS 'Raise an error unless a method is known';

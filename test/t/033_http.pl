@@ -98,6 +98,8 @@ like((query($node, "SELECT redrive.create_platform('far', 'https://1.1.1.1/hook'
 	qr/WARNING:  pushes to port 443 of the public network are refused\nDETAIL:  redrive.http_ports is "8443".\nHINT:  Ask a superuser/, 'who sets such a port is warned');
 $node->safe_psql('postgres', "SELECT redrive.record_task('t', 'new')");
 ok(poll_until($node, "SELECT state = 'blocked' AND message ~ 'the port is not one' FROM redrive.push_status WHERE platform = 'far'"), '... and a push there is blocked, and says so');
+like((query($node, "SELECT redrive.alter_platform('far', url => 'https://1.1.1.1:9443/hook')"))[1], qr/WARNING:  pushes to port 9443 of the public network are refused/, 'who changes to one too');
+is((query($node, "SELECT redrive.alter_platform('far', allow_cidr => '{1.1.1.1/32}')"))[1], '', '... but not for a range that is open on all ports');
 $node->safe_psql('postgres', "SELECT redrive.drop_platform('far'); DELETE FROM redrive.tasks");
 $node->safe_psql('postgres', "ALTER SYSTEM RESET redrive.http_ports; SELECT pg_reload_conf()");
 
@@ -224,7 +226,7 @@ SKIP:
 # What can never be sent is blocked at once, whoever has put it there.
 $node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
 $node->safe_psql('postgres', "SELECT redrive.create_platform(name, 'https://127.0.0.1/') FROM unnest(ARRAY['no https', 'no host']) AS name;
-	UPDATE redrive.platforms SET url = 'http://127.0.0.1:$receiver->{port}/blocked' WHERE name = 'no https'; UPDATE redrive.platforms SET url = 'https:' WHERE name = 'no host'");
+	UPDATE redrive.platforms SET config_version = config_version + 1, url = CASE name WHEN 'no host' THEN 'https:' ELSE 'http://127.0.0.1:$receiver->{port}/blocked' END");
 platform($node, $receiver, 'large', '/large');
 $node->safe_psql('postgres', "SELECT redrive.record_task('small', 'done'), redrive.record_task('large', 'done', to_jsonb(repeat('x', 1048576)))");
 ok( poll_until($node, "SELECT string_agg(format('%s %s %s %s %s', platform, task_key, state, error_class, message), E'\\n' ORDER BY platform, task_key) FROM redrive.push_status",
