@@ -32,7 +32,7 @@ static RedriveSql claim_pushes = {
 	"WITH due AS MATERIALIZED ("
 	" SELECT d.push_id, d.task_id, d.push_key, w.platform_id, w.config_version, w.probe, w.built, w.lease_until FROM ("
 	"  SELECT z.*, p.config_version, $5 + p.lease AS lease_until FROM unnest($1, $2, $3, $4) AS z (platform_id, room, probe, built)"
-	"  JOIN redrive.platforms AS p ON p.platform_id = z.platform_id) AS w"
+	"  JOIN redrive.platforms AS p ON p.platform_id = z.platform_id AND NOT p.paused) AS w"
 	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key FROM redrive.pushes AS x"
 	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
 	"  AND x.push_id NOT IN (SELECT unnest($7))"

@@ -44,17 +44,35 @@ sub half_open
 # between the look at the platforms and the claim: here the claim waits for it.
 #
 # Seen red: without "outdated" in turn() (src/proc/pusher.c).
+sub changes_while_claiming
+{
+	my ($task, $change) = @_;
+	my $other = $node->background_psql('postgres');
+
+	$other->query_safe('BEGIN');
+	$other->query_safe("SELECT $change; LOCK TABLE redrive.push_claims IN EXCLUSIVE MODE");
+	sql("SELECT redrive.record_task('$task', 'new')");
+	$other->query_safe(
+		"DO \$\$ BEGIN FOR i IN 1 .. 1000000 LOOP EXIT WHEN EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'redrive.push_claims'::regclass); END LOOP; END \$\$; COMMIT"
+	);
+	$other->quit;
+	return;
+}
+
 platform($node, $receiver, 'changing', '/changing');
-my $other = $node->background_psql('postgres');
-$other->query_safe('BEGIN');
-$other->query_safe("SELECT redrive.set_platform_secret('changing', 'signing', '$secret'), redrive.record_task('with the change', 'new'); LOCK TABLE redrive.push_claims IN EXCLUSIVE MODE");
-sql("SELECT redrive.record_task('before the change', 'new')");
-$other->query_safe(
-	"DO \$\$ BEGIN FOR i IN 1 .. 1000000 LOOP EXIT WHEN EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'redrive.push_claims'::regclass); END LOOP; END \$\$; COMMIT"
-);
-$other->quit;
+changes_while_claiming('before the change', "redrive.set_platform_secret('changing', 'signing', '$secret'), redrive.record_task('with the change', 'new')");
 becomes('changing', 'delivered', 'pushes to a platform that was being changed');
 is(join(' ', map { $_->{signed} ? 'signed' : 'not signed' } received($receiver, '/changing')), 'signed signed', '... are signed with its new secret');
+start_over();
+
+# Seen red: without "NOT p.paused" in claim_pushes (src/flow/push.c).
+platform($node, $receiver, 'pausing', '/pausing');
+changes_while_claiming('before the pause', "redrive.pause_platform('pausing')");
+ok(poll_until($node, "SELECT state = 'idle' FROM pg_stat_activity WHERE pid = ($pusher)"), 'a claim for a platform that was being paused');
+is(sql('SELECT (SELECT count(*) FROM redrive.push_claims), state, attempts ' . status('pausing')), '0|pending|0', '... takes nothing');
+sql("SELECT redrive.resume_platform('pausing')");
+becomes('pausing', 'delivered', '... until the platform is resumed');
+is(scalar(received($receiver, '/pausing')), 1, '... once');
 start_over();
 
 platform($node, $receiver, 'good', '/ok', "method => 'GET'");
