@@ -41,6 +41,35 @@ static const char *const lookup_settings[][2] = {
 	{"enable_mergejoin", "off"},
 };
 
+/* Where redrive_column() has found columns of a result. */
+static struct
+{
+	const char *name;
+	TupleDesc	desc;
+	int			number;
+}			found[32];
+
+static bool settings_are_kept = false;
+
+static void
+apply(const char *const(*list)[2], int n, GucAction action)
+{
+	for (int i = 0; i < n; i++)
+		(void) set_config_option(list[i][0], list[i][1], PGC_USERSET, PGC_S_SESSION, action, true, 0, false);
+}
+
+/*
+ * This process runs no statements but ours, and they look single rows up: set what
+ * they want now, and not around each.
+ */
+void
+redrive_keep_settings(void)
+{
+	apply(settings, lengthof(settings), GUC_ACTION_SET);
+	apply(lookup_settings, lengthof(lookup_settings), GUC_ACTION_SET);
+	settings_are_kept = true;
+}
+
 /*
  * Return the role that owns the extension's schema.
  *
@@ -77,7 +106,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 {
 	Oid			save_user;
 	int			save_context;
-	int			nestlevel;
+	int			nestlevel = 0;
 	int			rc;
 	bool		pushed = false;
 	MemoryContext old_cxt = CurrentMemoryContext;
@@ -92,15 +121,13 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	GetUserIdAndSecContext(&save_user, &save_context);
 	SetUserIdAndSecContext(redrive_owner(),
 						   save_context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
-	nestlevel = NewGUCNestLevel();
-	for (int i = 0; i < lengthof(settings); i++)
-		(void) set_config_option(settings[i][0], settings[i][1],
-								 PGC_USERSET, PGC_S_SESSION,
-								 GUC_ACTION_SAVE, true, 0, false);
-	for (int i = 0; sql->lookups && i < lengthof(lookup_settings); i++)
-		(void) set_config_option(lookup_settings[i][0], lookup_settings[i][1],
-								 PGC_USERSET, PGC_S_SESSION,
-								 GUC_ACTION_SAVE, true, 0, false);
+	if (!settings_are_kept)
+	{
+		nestlevel = NewGUCNestLevel();
+		apply(settings, lengthof(settings), GUC_ACTION_SAVE);
+		if (sql->lookups)
+			apply(lookup_settings, lengthof(lookup_settings), GUC_ACTION_SAVE);
+	}
 
 	if (sql->plan == NULL)
 	{
@@ -116,8 +143,10 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_plan failed: %s", SPI_result_code_string(rc));
 
-	AtEOXact_GUC(true, nestlevel);
+	if (!settings_are_kept)
+		AtEOXact_GUC(true, nestlevel);
 	SetUserIdAndSecContext(save_user, save_context);
+	memset(found, 0, sizeof(found));
 	if (pushed)
 		PopActiveSnapshot();
 	MemoryContextSwitchTo(old_cxt); /* SPI leaves its own */
@@ -164,15 +193,22 @@ redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls)
 		elog(ERROR, "expected one row, got " UINT64_FORMAT, rows);
 }
 
-/* Return a column of a result row by its name. */
+/* Return a column of a result row by its name, a literal. */
 Datum
 redrive_column(int row, const char *name, bool *isnull)
 {
-	int			fnumber = SPI_fnumber(SPI_tuptable->tupdesc, name);
+	TupleDesc	desc = SPI_tuptable->tupdesc;
+	const int	i = (int) ((uintptr_t) name % lengthof(found));
 
-	if (fnumber <= 0)
+	if (found[i].name != name || found[i].desc != desc)
+	{
+		found[i].name = name;
+		found[i].desc = desc;
+		found[i].number = SPI_fnumber(desc, name);
+	}
+	if (found[i].number <= 0)
 		elog(ERROR, "column \"%s\" is missing", name);
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, fnumber, isnull);
+	return SPI_getbinval(SPI_tuptable->vals[row], desc, found[i].number, isnull);
 }
 
 /* Return a bigint column, 0 when it is NULL. */
@@ -183,6 +219,16 @@ redrive_int64(int row, const char *name)
 	Datum		value = redrive_column(row, name, &isnull);
 
 	return isnull ? 0 : DatumGetInt64(value);
+}
+
+/* Return a timestamptz column, 0 when it is NULL. */
+TimestampTz
+redrive_time(int row, const char *name)
+{
+	bool		isnull;
+	Datum		value = redrive_column(row, name, &isnull);
+
+	return isnull ? 0 : DatumGetTimestampTz(value);
 }
 
 /* Return a boolean column, false when it is NULL. */

@@ -50,11 +50,13 @@ typedef struct RedrivePartSql
 } RedrivePartSql;
 
 extern Oid	redrive_owner(void);
+extern void redrive_keep_settings(void);
 extern uint64 redrive_sql(RedriveSql *sql, Datum *values, const char *nulls);
 extern uint64 redrive_part_sql(RedrivePartSql *sql, int part, Datum *values, const char *nulls);
 extern void redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls);
 extern Datum redrive_column(int row, const char *name, bool *isnull);
 extern int64 redrive_int64(int row, const char *name);
+extern TimestampTz redrive_time(int row, const char *name);
 extern bool redrive_bool(int row, const char *name);
 extern char *redrive_text(int row, const char *name, MemoryContext cxt);
 extern void redrive_free_rows(void);

@@ -168,7 +168,7 @@ read_list(RedriveChunk *chunk)
 		item->item_no = redrive_int64(row, "item_no");
 		item->attempts = DatumGetInt32(redrive_column(row, "attempts", &isnull));
 		item->free_count = DatumGetInt32(redrive_column(row, "free_count", &isnull));
-		item->first_failed_at = DatumGetTimestampTz(redrive_column(row, "first_failed_at", &isnull));
+		item->first_failed_at = redrive_time(row, "first_failed_at");
 	}
 	redrive_free_rows();
 }

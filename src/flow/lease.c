@@ -178,7 +178,7 @@ read_claim(Claim *found)
 	chunk->retry = redrive_bool(0, "retry");
 	chunk->done_to = redrive_int64(0, "done_to");
 	chunk->to_no = redrive_int64(0, "to_no");
-	found->lease_until = DatumGetTimestampTz(redrive_column(0, "lease_until", &isnull));
+	found->lease_until = redrive_time(0, "lease_until");
 	settled = redrive_column(0, "settled", &isnull);
 	if (!isnull)
 		deconstruct_array(DatumGetArrayTypePCopy(settled), INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE,

@@ -70,15 +70,6 @@ redrive_platforms_version(void)
 	return redrive_int64(0, "version");
 }
 
-static TimestampTz
-time_of(int row, const char *name)
-{
-	bool		isnull;
-	Datum		value = redrive_column(row, name, &isnull);
-
-	return isnull ? 0 : DatumGetTimestampTz(value);
-}
-
 static double
 float_of(int row, const char *name)
 {
@@ -171,8 +162,8 @@ read_breaker(Platform *p, int row)
 	char	   *reason = redrive_text(row, "reason", CurrentMemoryContext);
 
 	p->breaker = strcmp(breaker, "closed") == 0 ? BREAKER_CLOSED : BREAKER_OPEN;
-	p->opened_at = time_of(row, "opened_at");
-	p->blocked_until = time_of(row, "blocked_until");
+	p->opened_at = redrive_time(row, "opened_at");
+	p->blocked_until = redrive_time(row, "blocked_until");
 	p->times_opened = (int) redrive_int64(row, "times_opened");
 	p->failures_in_row = (int) redrive_int64(row, "failures_in_row");
 	p->window_started_at = 0;

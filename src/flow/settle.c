@@ -300,9 +300,7 @@ take_items(Settling *s, RedriveItem **items)
 		item->item_no = redrive_int64(row, "item_no");
 		item->attempts = DatumGetInt32(redrive_column(row, "attempts", &isnull));
 		item->free_count = DatumGetInt32(redrive_column(row, "free_count", &isnull));
-		item->first_failed_at = DatumGetTimestampTz(redrive_column(row, "first_failed_at", &isnull));
-		if (isnull)
-			item->first_failed_at = 0;
+		item->first_failed_at = redrive_time(row, "first_failed_at");
 		if (next < s->n && s->item_nos[next] == item->item_no)
 			s->outcomes[next++].index = (int) row;
 		else if (!all || (next < s->n && s->item_nos[next] < item->item_no))
