@@ -6,8 +6,8 @@
 //   style   each = a transaction per item, on several connections at a time, and the queue's own books after it;
 //           turn = one transaction for what was claimed and for the queue's own books, statement by statement;
 //           batch = the same, statements sent without waiting for the answers before;
+//           chain, turn of redrive = with the next claim in the transaction that ends the one before;
 //           settle = of redrive: a transaction per item, with the outcome in it
-//   claims  of redrive: lazy = claims do not wait for the disk; all else does, in every queue
 // Filling the queue is not measured.  The database is that of PGHOST, PGPORT, PGUSER, PGDATABASE.
 import { fork } from 'node:child_process';
 import pg from 'pg';

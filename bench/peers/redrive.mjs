@@ -19,29 +19,27 @@ export async function connect(options) {
   return { loops: await Promise.all(loops), pool: new pg.Pool({ max: LANES }) };
 }
 
-// Durable, as what the peers do; or without waiting for the disk: a claim that a crash swallows is refused later (docs/workers.md).
-async function take(client, size, claims) {
-  if (claims !== 'lazy') return client.query({ ...CLAIM, values: [size] });
-  const [, , claim] = await Promise.all([client.query('BEGIN'), client.query('SET LOCAL synchronous_commit = off'),
-    client.query({ ...CLAIM, values: [size] }), client.query('COMMIT')]);
-  return claim;
-}
+const claim = (client, size) => client.query({ ...CLAIM, values: [size] });
 
-async function loop(client, pool, { size, style, claims }) {
+async function loop(client, pool, { size, style }) {
+  let next;
   for (;;) {
-    const claim = await take(client, size, claims);
-    if (claim.rows.length === 0) return;
-    const { chunk_id, lease_token } = claim.rows[0];
-    const ids = claim.rows.map((row) => row.payload.id);
+    const { rows } = next?.rows.length > 0 ? next : await claim(client, size);
+    if (rows.length === 0) return;
+    const { chunk_id, lease_token } = rows[0];
+    const ids = rows.map((row) => row.payload.id);
+    const complete = (c) => c.query({ ...COMPLETE, values: [chunk_id, lease_token] });
+    // the next claim with the end of this one, in one commit
+    const completeAndClaim = (c) => Promise.all([complete(c), claim(c, size).then((result) => { next = result; })]);
+    next = undefined;
     if (style === 'settle') {
       // a transaction for each item, with its outcome: each is done exactly once, and alone
-      await Promise.all(claim.rows.flatMap((row) => [client.query('BEGIN'), approve(client, row.payload.id),
+      await Promise.all(rows.flatMap((row) => [client.query('BEGIN'), approve(client, row.payload.id),
         client.query({ ...SETTLE, values: [chunk_id, lease_token, row.item_no] }), client.query('COMMIT')]));
-    }
-    const complete = (c) => c.query({ ...COMPLETE, values: [chunk_id, lease_token] });
-    if (style === 'settle') await complete(client);
+      await complete(client);
+    } else if (style === 'chain') await approveAll(client, ids, completeAndClaim);
     else if (style === 'batch') await approveAll(client, ids, complete);
-    else if (style === 'turn') await approveInTurn(client, ids, complete);
+    else if (style === 'turn') await approveInTurn(client, ids, completeAndClaim);
     else { await approveEach(pool, ids); await complete(client); }
   }
 }
