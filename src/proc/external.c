@@ -11,6 +11,7 @@
  */
 #include "postgres.h"
 
+#include "pgstat.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
@@ -62,6 +63,7 @@ redrive_external_fold(RedriveDatabase *entry)
 	LWLockRelease(redrive_shared->lock);
 	if (!wanted)
 		return;
+	pgstat_report_activity(STATE_RUNNING, "redrive: fold");
 	if (redrive_fold_ended())
 	{
 		LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);

@@ -467,9 +467,9 @@ redrive_supervisor_main(Datum arg)
 			rescued_at = GetCurrentTimestamp();
 			whole = true;
 		}
-		pgstat_report_activity(STATE_RUNNING, "redrive: start workers");
 		if (whole)
 		{
+			pgstat_report_activity(STATE_RUNNING, "redrive: start workers");
 			turn_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), TICK_MS);
 			if (redrive_enabled)
 			{
