@@ -34,9 +34,11 @@ BEGIN
 END
 $$;
 
--- Wait a moment for whoever claims of this batch; 55P03 if it takes longer.
+-- Wait a moment for whoever claims of this batch; 55P03 if it takes longer.  The caller may
+-- hold locks by what it settled in the same transaction, and somebody may wait for those:
+-- it gives up before deadlock_timeout.
 CREATE FUNCTION redrive._lock_soon(p_batch_id bigint) RETURNS void
-LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+LANGUAGE plpgsql SET lock_timeout = '800ms' AS $$
 BEGIN
     PERFORM FROM redrive.batches AS b WHERE b.batch_id = p_batch_id FOR UPDATE;
 END
