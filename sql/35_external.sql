@@ -36,7 +36,7 @@ $$;
 
 -- Wait a moment for whoever claims of this batch; 55P03 if it takes longer.  The caller may
 -- hold locks by what it settled in the same transaction, and somebody may wait for those:
--- it gives up before deadlock_timeout.
+-- it gives up before its deadlock_timeout, unless that is short.
 CREATE FUNCTION redrive._lock_soon(p_batch_id bigint) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '800ms' AS $$
 BEGIN

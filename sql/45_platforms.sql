@@ -64,7 +64,7 @@ BEGIN
     IF p_allow_cidr = '{}' AND redrive._unlisted_port(p_url) IS NOT NULL THEN
         RAISE WARNING 'pushes to port % of the public network are refused', redrive._unlisted_port(p_url) USING
             DETAIL = format('redrive.http_ports is "%s".', current_setting('redrive.http_ports')),
-            HINT = 'Ask a superuser to add it to redrive.http_ports, and to run redrive.redrive_push() for what was refused until then. Ranges that allow_cidr opens are open on all ports.';
+            HINT = 'Ask a superuser to add it to redrive.http_ports, and to run redrive.redrive_push() for the platform when pushes were refused before. Ranges that allow_cidr opens are open on all ports.';
     END IF;
 END
 $$;

@@ -193,7 +193,7 @@ redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls)
 		elog(ERROR, "expected one row, got " UINT64_FORMAT, rows);
 }
 
-/* Return a column of a result row by its name, a literal. */
+/* Return a column of a result row by its name, which stays where it is until the next statement. */
 Datum
 redrive_column(int row, const char *name, bool *isnull)
 {

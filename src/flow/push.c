@@ -17,6 +17,7 @@
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "base/guc.h"
@@ -215,6 +216,8 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 	values[5] = Int64GetDatum(pusher);
 	values[6] = under_way(asked, n, NIL);
 	values[7] = Int32GetDatum(room);
+	/* large payloads are stored out of line */
+	PushActiveSnapshot(GetTransactionSnapshot());
 	rows = redrive_sql(&claim_pushes, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -256,6 +259,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 		if (((Platform *) lfirst(lc))->asked > 0 && rows < room)
 		((Platform *) lfirst(lc))->more_due = false;
 	redrive_free_rows();
+	PopActiveSnapshot();
 	return claimed;
 }
 

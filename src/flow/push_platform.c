@@ -15,6 +15,7 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
@@ -184,8 +185,11 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 {
 	List	   *platforms = NIL;
 	ListCell   *lc;
-	uint64		rows = redrive_sql(&load_platforms, NULL, NULL);
+	uint64		rows;
 
+	/* long headers are stored out of line */
+	PushActiveSnapshot(GetTransactionSnapshot());
+	rows = redrive_sql(&load_platforms, NULL, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
 		bool		isnull;
@@ -215,6 +219,7 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 		platforms = lappend(platforms, p);
 		MemoryContextSwitchTo(old_cxt);
 	}
+	PopActiveSnapshot();
 	/* one that was dropped may still have a request under way */
 	foreach(lc, known)
 	{

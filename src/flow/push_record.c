@@ -152,8 +152,8 @@ note_attempts(AttemptLog *log, Push **pushes, uint64 rows, bool without_answers)
 
 		if (p->given_back)
 			continue;
-		log->n++;
-		values[L_PART] = redrive_column(row, "part", &isnull);
+		/* the part may have changed between the statements */
+		values[L_PART] = log->n++ > 0 ? log->values[L_PART] : redrive_column(row, "part", &isnull);
 		values[L_PUSH_ID] = Int64GetDatum(p->push_id);
 		values[L_ATTEMPT] = Int64GetDatum(redrive_int64(row, "attempt_no"));
 		values[L_PLATFORM] = Int32GetDatum(p->platform->platform_id);

@@ -75,6 +75,23 @@ becomes('pausing', 'delivered', '... until the platform is resumed');
 is(scalar(received($receiver, '/pausing')), 1, '... once');
 start_over();
 
+# What is stored out of line is read in each turn of the pusher: headers, payloads, and bodies that were built.
+#
+# Seen red: without PushActiveSnapshot() in redrive_claim_pushes() and redrive_load_platforms() (src/flow/push.c, push_platform.c):
+# "cannot fetch toast data without an active snapshot".
+sql('CREATE FUNCTION bulk(n int, seed text) RETURNS text LANGUAGE sql AS $$SELECT string_agg(md5(i || seed), \'\') FROM generate_series(1, n) AS i$$;
+	CREATE FUNCTION bulky(task redrive.task) RETURNS jsonb LANGUAGE sql AS $$SELECT to_jsonb(bulk(1000, task.status))$$');
+platform($node, $receiver, 'bulky', '/bulky');
+platform($node, $receiver, 'built', '/built', "build => 'bulky'");
+foreach my $turn (1 .. 3)
+{
+	sql("SELECT redrive.alter_platform(name, headers => jsonb_build_object('x-bulk', bulk(100, '$turn'))) FROM unnest(ARRAY['bulky', 'built']) AS name;
+		SELECT redrive.record_task('bulky', 'turn $turn', to_jsonb(bulk(1000, '$turn')))");
+	ok(poll_until($node, "SELECT count(*) = 2 AND bool_and(state = 'delivered' AND pushed_status = 'turn $turn') FROM redrive.push_status"), "turn $turn with much to read")
+	  || diag(sql('SELECT platform, state, error_class, message FROM redrive.push_status'));
+}
+start_over();
+
 platform($node, $receiver, 'good', '/ok', "method => 'GET'");
 sql("SELECT redrive.set_platform_secret('good', 'signing', '$secret'), redrive.record_task('first', 'new')");
 becomes('good', 'delivered', 'a push');
