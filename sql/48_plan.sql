@@ -29,12 +29,24 @@ BEGIN
     FROM missing AS m
     LEFT JOIN LATERAL (SELECT t.task_id FROM redrive.tasks AS t WHERE t.task_id = m.task_id FOR SHARE SKIP LOCKED) AS x ON true;
     planned := CASE WHEN v_ids IS NULL THEN 0 ELSE redrive._plan_tasks(v_ids, p_platform_id) END;
-    -- nothing waits for ever
+    -- nothing waits for ever; the tasks that became too old are few, and so are, of all that are, the pushes that wait
     WITH old AS MATERIALIZED (
         SELECT t.task_id, u.push_id
         FROM redrive.tasks AS t
-        JOIN redrive.pushes AS u ON u.task_id = t.task_id AND u.platform_id = p_platform_id AND u.state IN ('pending', 'waiting')
-        WHERE t.owner = p.owner AND t.changed_at < p_as_of - p.push_window AND (p_since IS NULL OR t.changed_at >= p_since - p.push_window)
+        CROSS JOIN LATERAL (
+            SELECT x.push_id
+            FROM redrive.pushes AS x
+            WHERE x.task_id = t.task_id AND x.platform_id = p_platform_id AND x.state IN ('pending', 'waiting')
+            OFFSET 0) AS u
+        WHERE p_since IS NOT NULL AND t.owner = p.owner AND t.changed_at < p_as_of - p.push_window AND t.changed_at >= p_since - p.push_window
+        UNION ALL
+        SELECT u.task_id, u.push_id
+        FROM redrive.pushes AS u
+        CROSS JOIN LATERAL (
+            SELECT FROM redrive.tasks AS x
+            WHERE x.task_id = u.task_id AND x.owner = p.owner AND x.changed_at < p_as_of - p.push_window
+            OFFSET 0) AS t
+        WHERE p_since IS NULL AND u.platform_id = p_platform_id AND u.state IN ('pending', 'waiting')
         LIMIT p_portion),
     free AS MATERIALIZED (
         SELECT o.push_id
