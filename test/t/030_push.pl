@@ -180,6 +180,22 @@ is(push_of('/huge', "(SELECT length(l.response) FROM redrive.push_log AS l WHERE
 is($node->safe_psql('postgres', "SELECT count(*) FROM redrive.push_log AS l JOIN redrive.pushes AS u ON u.push_id = l.push_id GROUP BY u.push_id, u.attempt_no HAVING count(*) <> u.attempt_no"), '', 'a row of the log per attempt');
 drop_platforms();
 
+# A platform gets no more at a time than it may, and is left alone as long as it asks for.  The time is what is tested here: at 20 a
+# second, of which two may come at once, 12 take half a second at least, however slow the machine is.
+#
+# Seen red: without rate_limit in redrive_room_of(), and without wait_of() for 5xx (src/flow/push_result.c).
+platform($node, $receiver, 'limited', '/limited', 'rate_limit => 20');
+platform($node, $receiver, 'later', '/retry-after/500/120', "retry_interval => '10 ms'");
+$node->safe_psql('postgres', "SELECT count(redrive.record_task('limit ' || n, 'done')) FROM generate_series(1, 12) AS n");
+becomes('limited', 'delivered', 'pushes to a platform with a limit of its rate');
+my @at = sort { $a <=> $b } map { $_->{at} } received($receiver, '/limited');
+is(scalar @at, 12, '... are sent once each');
+cmp_ok($at[-1] - $at[0], '>', 0.25, '... and not all at once');
+ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.pushes AS u JOIN redrive.platforms AS p USING (platform_id) WHERE p.name = 'later' AND u.failed_at IS NOT NULL"), 'a platform that answers 500 and asks to wait');
+is($node->safe_psql('postgres', "SELECT bool_and(u.state = 'waiting' AND u.retry_count = 1 AND u.next_attempt_at > u.failed_at + interval '100 s')
+	FROM redrive.pushes AS u JOIN redrive.platforms AS p USING (platform_id) WHERE p.name = 'later' AND u.failed_at IS NOT NULL"), 't', '... is waited for');
+drop_platforms();
+
 # A slow platform delays nobody, a change while a push is under way is pushed after it, and an outage costs no retries.
 platform($node, $receiver, 'slow', '/delay/1', "max_in_flight => 50");
 platform($node, $receiver, 'fast', '/fast');
