@@ -29,7 +29,7 @@ BEGIN
     FROM missing AS m
     LEFT JOIN LATERAL (SELECT t.task_id FROM redrive.tasks AS t WHERE t.task_id = m.task_id FOR SHARE SKIP LOCKED) AS x ON true;
     planned := CASE WHEN v_ids IS NULL THEN 0 ELSE redrive._plan_tasks(v_ids, p_platform_id) END;
-    -- nothing waits for ever; the tasks that became too old are few, and so are, of all that are, the pushes that wait
+    -- nothing waits for ever: looked for among the tasks that became too old since then, or, of all, among the pushes that wait
     WITH old AS MATERIALIZED (
         SELECT t.task_id, u.push_id
         FROM redrive.tasks AS t

@@ -230,8 +230,6 @@ make_handle(Transfer *transfer)
 	/* a lookup that has not ended in time is left to its thread */
 	(void) curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
 #endif
-	/* one of 64 kB has malloc tidy up each time it is freed */
-	SET(CURLOPT_UPLOAD_BUFFERSIZE, 16384L);
 	SET(CURLOPT_TCP_KEEPALIVE, 1L);
 	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);
 	SET(CURLOPT_OPENSOCKETDATA, transfer);

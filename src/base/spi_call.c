@@ -41,35 +41,6 @@ static const char *const lookup_settings[][2] = {
 	{"enable_mergejoin", "off"},
 };
 
-/* Where redrive_column() has found columns of a result. */
-static struct
-{
-	const char *name;
-	TupleDesc	desc;
-	int			number;
-}			found[32];
-
-static bool settings_are_kept = false;
-
-static void
-apply(const char *const(*list)[2], int n, GucAction action)
-{
-	for (int i = 0; i < n; i++)
-		(void) set_config_option(list[i][0], list[i][1], PGC_USERSET, PGC_S_SESSION, action, true, 0, false);
-}
-
-/*
- * This process runs no statements but ours, and they look single rows up: set what
- * they want now, and not around each.
- */
-void
-redrive_keep_settings(void)
-{
-	apply(settings, lengthof(settings), GUC_ACTION_SET);
-	apply(lookup_settings, lengthof(lookup_settings), GUC_ACTION_SET);
-	settings_are_kept = true;
-}
-
 /*
  * Return the role that owns the extension's schema.
  *
@@ -106,7 +77,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 {
 	Oid			save_user;
 	int			save_context;
-	int			nestlevel = 0;
+	int			nestlevel;
 	int			rc;
 	bool		pushed = false;
 	MemoryContext old_cxt = CurrentMemoryContext;
@@ -121,13 +92,15 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	GetUserIdAndSecContext(&save_user, &save_context);
 	SetUserIdAndSecContext(redrive_owner(),
 						   save_context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
-	if (!settings_are_kept)
-	{
-		nestlevel = NewGUCNestLevel();
-		apply(settings, lengthof(settings), GUC_ACTION_SAVE);
-		if (sql->lookups)
-			apply(lookup_settings, lengthof(lookup_settings), GUC_ACTION_SAVE);
-	}
+	nestlevel = NewGUCNestLevel();
+	for (int i = 0; i < lengthof(settings); i++)
+		(void) set_config_option(settings[i][0], settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+	for (int i = 0; sql->lookups && i < lengthof(lookup_settings); i++)
+		(void) set_config_option(lookup_settings[i][0], lookup_settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
 
 	if (sql->plan == NULL)
 	{
@@ -143,10 +116,8 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_plan failed: %s", SPI_result_code_string(rc));
 
-	if (!settings_are_kept)
-		AtEOXact_GUC(true, nestlevel);
+	AtEOXact_GUC(true, nestlevel);
 	SetUserIdAndSecContext(save_user, save_context);
-	memset(found, 0, sizeof(found));
 	if (pushed)
 		PopActiveSnapshot();
 	MemoryContextSwitchTo(old_cxt); /* SPI leaves its own */
@@ -193,22 +164,15 @@ redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls)
 		elog(ERROR, "expected one row, got " UINT64_FORMAT, rows);
 }
 
-/* Return a column of a result row by its name, which stays where it is until the next statement. */
+/* Return a column of a result row by its name. */
 Datum
 redrive_column(int row, const char *name, bool *isnull)
 {
-	TupleDesc	desc = SPI_tuptable->tupdesc;
-	const int	i = (int) ((uintptr_t) name % lengthof(found));
+	int			fnumber = SPI_fnumber(SPI_tuptable->tupdesc, name);
 
-	if (found[i].name != name || found[i].desc != desc)
-	{
-		found[i].name = name;
-		found[i].desc = desc;
-		found[i].number = SPI_fnumber(desc, name);
-	}
-	if (found[i].number <= 0)
+	if (fnumber <= 0)
 		elog(ERROR, "column \"%s\" is missing", name);
-	return SPI_getbinval(SPI_tuptable->vals[row], desc, found[i].number, isnull);
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, fnumber, isnull);
 }
 
 /* Return a bigint column, 0 when it is NULL. */

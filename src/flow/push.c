@@ -13,9 +13,6 @@
 #include "catalog/pg_type.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
-#include "utils/datetime.h"
-#include "utils/json.h"
-#include "utils/jsonb.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -41,17 +38,17 @@ static RedriveSql claim_pushes = {
 	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
 	"  AND x.push_id NOT IN (SELECT unnest($7))"
 	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d LIMIT $8),"
-	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.* FROM due AS d"
+	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
-	"   SELECT t.version, t.task_key, t.status, t.process, t.created_at, t.changed_at,"
-	"    CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN t.payload END AS payload, NULL AS body"
+	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN"
+	"    json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
+	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text END AS body"
 	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id"
-	"   UNION ALL SELECT b.version, NULL, NULL, NULL, NULL, NULL, NULL, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c),"
+	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c),"
 	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)"
 	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)"
 	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
-	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, c.claim_id,"
-	" w.task_key, w.status, w.process, w.created_at, w.changed_at, w.payload, w.body"
+	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id"
 	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id",
 	.nargs = 8,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID}
 };
@@ -100,51 +97,6 @@ under_way(Platform **platforms, int n, List *claimed)
 	foreach(lc, claimed)
 		ids[n_ids++] = Int64GetDatum(((Claimed *) lfirst(lc))->push->push_id);
 	return redrive_array(INT8OID, n_ids, ids, NULL);
-}
-
-static void
-append_time(StringInfo body, int row, const char *name)
-{
-	char		text[MAXDATELEN + 1];
-
-	appendStringInfo(body, ", \"%s\" : \"%s\"", name,
-					 JsonEncodeDateTime(text, TimestampTzGetDatum(redrive_time(row, name)), TIMESTAMPTZOID, NULL));
-}
-
-static void
-append_text(StringInfo body, int row, const char *name)
-{
-	char	   *text = redrive_text(row, name, CurrentMemoryContext);
-
-	if (text != NULL)
-		escape_json(body, text);
-	else
-		appendStringInfoString(body, "null");
-}
-
-/* Make the body of a row of the claim; NULL when there is none, or it is too long. */
-static char *
-body_of(int row)
-{
-	StringInfoData body;
-	bool		isnull;
-	Datum		payload = redrive_column(row, "payload", &isnull);
-
-	if (isnull)
-		return redrive_text(row, "body", CurrentMemoryContext);
-	initStringInfo(&body);
-	appendStringInfoString(&body, "{\"task_key\" : ");
-	append_text(&body, row, "task_key");
-	appendStringInfoString(&body, ", \"status\" : ");
-	append_text(&body, row, "status");
-	appendStringInfo(&body, ", \"version\" : " INT64_FORMAT ", \"process\" : ", redrive_int64(row, "version"));
-	append_text(&body, row, "process");
-	appendStringInfoString(&body, ", \"payload\" : ");
-	(void) JsonbToCString(&body, &DatumGetJsonbP(payload)->root, -1);
-	append_time(&body, row, "created_at");
-	append_time(&body, row, "changed_at");
-	appendStringInfoChar(&body, '}');
-	return body.data;
 }
 
 /*
@@ -216,7 +168,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 	values[5] = Int64GetDatum(pusher);
 	values[6] = under_way(asked, n, NIL);
 	values[7] = Int32GetDatum(room);
-	/* large payloads are stored out of line */
+	/* a large body that was built is stored out of line */
 	PushActiveSnapshot(GetTransactionSnapshot());
 	rows = redrive_sql(&claim_pushes, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
@@ -246,11 +198,11 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 		push->platform->asked--;
 		c->push = push;
 		c->id = redrive_text(row, "id", result_cxt);
-		old_cxt = MemoryContextSwitchTo(result_cxt);
-		c->body = body_of(row);
+		c->body = redrive_text(row, "body", result_cxt);
 		/* what is sent is JSON, which is UTF-8 */
 		if (c->body != NULL)
 			c->body = pg_server_to_any(c->body, strlen(c->body), PG_UTF8);
+		old_cxt = MemoryContextSwitchTo(result_cxt);
 		claimed = lappend(claimed, c);
 		MemoryContextSwitchTo(old_cxt);
 	}

@@ -160,6 +160,7 @@ extern TimestampTz redrive_results_due(TimestampTz now);
 extern Push **redrive_results(int *n);
 extern void redrive_clear_results(List *platforms);
 extern int	redrive_put_locked_last(Push **pushes, int n);
+extern void redrive_limit_lock_wait(void);
 extern void redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext cxt);
 extern bool redrive_is_outage(int sqlstate);
 extern void redrive_hold_push(Push *push, MemoryContext cxt);

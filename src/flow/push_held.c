@@ -14,6 +14,7 @@
 
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
+#include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -21,6 +22,7 @@
 #include "base/xact.h"
 #include "flow/push.h"
 
+#define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 #define HELD_MS 200				/* time to the next try */
 
 #define FLUSH_RESULTS 256		/* record when there are so many */
@@ -177,6 +179,13 @@ redrive_hold_push(Push *push, MemoryContext cxt)
 	held = push;
 }
 
+/* Wait for a lock of somebody else only for a moment, to the end of the transaction. */
+void
+redrive_limit_lock_wait(void)
+{
+	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+}
+
 /* Is it an error of the server, and not of what is recorded? */
 bool
 redrive_is_outage(int sqlstate)
@@ -207,6 +216,7 @@ redrive_record_apart(Push **pushes, int n, bool without_answers, MemoryContext c
 	PG_TRY();
 	{
 		redrive_worker_begin();
+		redrive_limit_lock_wait();
 		redrive_record_pushes(pushes, n, without_answers);
 		redrive_worker_end();
 	}

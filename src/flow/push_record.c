@@ -50,7 +50,7 @@ static RedriveSql record_delivered = {
 	"  delivered_at = $5, http_status = n.http_status, error_class = NULL, message = NULL, attempt_no = u.attempt_no + 1, last_claim_id = n.claim_id"
 	" FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (push_id, claim_id, version, http_status, place)"
 	" WHERE u.push_id = n.push_id AND u.last_claim_id < n.claim_id"
-	" RETURNING n.place, u.attempt_no, false AS charged, (SELECT r.part FROM redrive.rotation AS r) AS part",
+	" RETURNING n.place, u.attempt_no, false AS charged",
 	.nargs = 5,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, TIMESTAMPTZOID}
 };
 
@@ -89,7 +89,7 @@ static RedriveSql record_failed = {
 	"  charged, permanent, blocked, given_back, is_probe, wait_ms, error_class, http_status, message, finished_at, place)"
 	" CROSS JOIN LATERAL (SELECT z.max_retries, z.retry_interval, z.retry_factor, z.retry_delay_max FROM redrive.platforms AS z WHERE z.platform_id = r.platform_id OFFSET 0) AS p"
 	" WHERE u.push_id = r.push_id AND u.last_claim_id < r.claim_id"
-	" RETURNING r.place, u.attempt_no, r.charged, (SELECT z.part FROM redrive.rotation AS z) AS part",
+	" RETURNING r.place, u.attempt_no, r.charged",
 	.nargs = 16,.argtypes = {INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, BOOLARRAYOID, INT4ARRAYOID,
 	TEXTARRAYOID, INT4ARRAYOID, TEXTARRAYOID, TIMESTAMPTZARRAYOID, TIMESTAMPTZOID, INT4OID}
 };
@@ -123,6 +123,11 @@ static RedriveSql delete_bodies = {
 	.nargs = 1,.argtypes = {INT8ARRAYOID}
 };
 
+static RedriveSql current_part = {
+	"SELECT r.part::int8 AS part FROM redrive.rotation AS r",
+	0, {0}
+};
+
 /* Columns of push_log, in the order of the table. */
 enum
 {
@@ -148,12 +153,10 @@ note_attempts(AttemptLog *log, Push **pushes, uint64 rows, bool without_answers)
 		const char *response = without_answers ? NULL : p->response;
 		Datum	   *values = log->values + log->n * L_COLUMNS;
 		bool	   *nulls = log->nulls + log->n * L_COLUMNS;
-		bool		isnull;
 
 		if (p->given_back)
 			continue;
-		/* the part may have changed between the statements */
-		values[L_PART] = log->n++ > 0 ? log->values[L_PART] : redrive_column(row, "part", &isnull);
+		log->n++;
 		values[L_PUSH_ID] = Int64GetDatum(p->push_id);
 		values[L_ATTEMPT] = Int64GetDatum(redrive_int64(row, "attempt_no"));
 		values[L_PLATFORM] = Int32GetDatum(p->platform->platform_id);
@@ -180,8 +183,15 @@ note_attempts(AttemptLog *log, Push **pushes, uint64 rows, bool without_answers)
 static void
 write_log(AttemptLog *log)
 {
-	if (log->n > 0)
-		redrive_table_insert(psprintf("push_log_%d", DatumGetInt16(log->values[L_PART])), L_COLUMNS, log->n, log->values, log->nulls);
+	int			part;
+
+	if (log->n == 0)
+		return;
+	redrive_sql_one_row(&current_part, NULL, NULL);
+	part = (int) redrive_int64(0, "part");
+	for (int i = 0; i < log->n; i++)
+		log->values[i * L_COLUMNS + L_PART] = Int16GetDatum(part);
+	redrive_table_insert(psprintf("push_log_%d", part), L_COLUMNS, log->n, log->values, log->nulls);
 }
 
 /* A push was answered, but not as its platform should. */

@@ -31,7 +31,6 @@
 #include "base/guc.h"
 #include "base/http.h"
 #include "base/shmem.h"
-#include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/push.h"
 #include "proc/pusher.h"
@@ -39,7 +38,6 @@
 #define TICK_MS 30000
 #define GRACE_MS 500			/* for what is under way at shutdown */
 #define AFTER_ERROR_MS 1000
-#define LOCK_TIMEOUT "100ms"	/* then we look which pushes are locked */
 
 static MemoryContext pusher_cxt;	/* platforms */
 static MemoryContext pushes_cxt;	/* pushes that are under way or to be
@@ -220,6 +218,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 	pgstat_report_activity(STATE_RUNNING, "redrive: push");
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
 		proc_exit(0);
+	redrive_limit_lock_wait();
 	if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))
 		redrive_reap_pushes(reaped_at == 0 ? pusher : 0);
 	step = RECORDING;
@@ -259,6 +258,7 @@ static void
 block_alone(Platform *platform, const char *message)
 {
 	redrive_worker_begin();
+	redrive_limit_lock_wait();
 	redrive_block_next_push(platform, message);
 	redrive_worker_end();
 	MemoryContextSwitchTo(claim_cxt);
@@ -402,8 +402,6 @@ redrive_pusher_main(Datum arg)
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	if (!redrive_enter_pusher())
 		proc_exit(0);
-	redrive_keep_settings();
-	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_SESSION);
 	wait_event = redrive_wait_event("RedrivePusher");
 	pusher_cxt = AllocSetContextCreate(TopMemoryContext, "redrive platforms", ALLOCSET_DEFAULT_SIZES);
 	pushes_cxt = AllocSetContextCreate(TopMemoryContext, "redrive pushes", ALLOCSET_DEFAULT_SIZES);

@@ -40,10 +40,7 @@ sub half_open
 	return;
 }
 
-# What is recorded together with a change of its platform is sent as the platform is then, also when that is committed
-# between the look at the platforms and the claim: here the claim waits for it.
-#
-# Seen red: without "outdated" in turn() (src/proc/pusher.c).
+# Have a change committed between the pusher's look at the platforms and its claim, which waits for it.
 sub changes_while_claiming
 {
 	my ($task, $change) = @_;
@@ -59,6 +56,9 @@ sub changes_while_claiming
 	return;
 }
 
+# What is recorded together with a change of its platform is sent as the platform is then.
+#
+# Seen red: without "outdated" in turn() (src/proc/pusher.c).
 platform($node, $receiver, 'changing', '/changing');
 changes_while_claiming('before the change', "redrive.set_platform_secret('changing', 'signing', '$secret'), redrive.record_task('with the change', 'new')");
 becomes('changing', 'delivered', 'pushes to a platform that was being changed');
@@ -77,7 +77,7 @@ start_over();
 
 # What is stored out of line is read in each turn of the pusher: headers, payloads, and bodies that were built.
 #
-# Seen red: without PushActiveSnapshot() in redrive_claim_pushes() and redrive_load_platforms() (src/flow/push.c, push_platform.c):
+# Seen red: without PushActiveSnapshot() in both redrive_claim_pushes() and redrive_load_platforms() (src/flow/push.c, push_platform.c):
 # "cannot fetch toast data without an active snapshot".
 sql('CREATE FUNCTION bulk(n int, seed text) RETURNS text LANGUAGE sql AS $$SELECT string_agg(md5(i || seed), \'\') FROM generate_series(1, n) AS i$$;
 	CREATE FUNCTION bulky(task redrive.task) RETURNS jsonb LANGUAGE sql AS $$SELECT to_jsonb(bulk(1000, task.status))$$');
