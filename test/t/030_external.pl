@@ -25,13 +25,15 @@ SELECT redrive.create_handler('work', kind => 'external', retry_delay => '100 ms
 });
 
 # --- a claim costs the same whatever has been claimed before
-# One session, whose plans were made while the tables were empty.
+# One session, whose plans were made while the tables were empty.  The batches are
+# too short for lots (64 claims and more), from which claims go on without a look.
 #
 # Seen red: with chunks_finished_idx WHERE state = 'done' (sql/20_tables.sql), 200 claims
 # read 20 000 entries of it.
 $node->safe_psql('postgres',
 	"SELECT redrive.create_handler('one by one', kind => 'external');
-	 SELECT redrive.submit('one by one', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 200) AS i), label => 'short')");
+	 SELECT redrive.submit('one by one', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 50) AS i), label => 'short ' || b)
+	 FROM generate_series(1, 4) AS b");
 $node->safe_psql('postgres', q{
 DO $$
 DECLARE
@@ -44,7 +46,7 @@ BEGIN
         COMMIT;
     END LOOP;
 END $$});
-batch_is($node, 'short');
+batch_is($node, "short $_") for 1 .. 4;
 ok(poll_until($node, "SELECT idx_scan >= 200 FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_orphaned_idx'::regclass"), 'claims look for chunks');
 cmp_ok($node->safe_psql('postgres', "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_finished_idx'::regclass"), '<', 200, '... but not among those that ended');
 is($node->safe_psql('postgres', "SELECT coalesce(redrive._next_due((SELECT min(started_at) FROM redrive.batches) - interval '1 min')::text, 'nothing')"), 'nothing', '... and their supervisor sleeps');
