@@ -93,7 +93,13 @@ under_way(Platform **platforms, int n, List *claimed)
 	ids = palloc(Max(size, 1) * sizeof(Datum));
 	for (int i = 0; i < n; i++)
 		dlist_foreach(iter, &platforms[i]->claimed)
-			ids[n_ids++] = Int64GetDatum(dlist_container(Push, node, iter.cur)->push_id);
+	{
+		Push	   *push = dlist_container(Push, node, iter.cur);
+
+		/* what this transaction has recorded may be due again */
+		if (!push->recorded)
+			ids[n_ids++] = Int64GetDatum(push->push_id);
+	}
 	foreach(lc, claimed)
 		ids[n_ids++] = Int64GetDatum(((Claimed *) lfirst(lc))->push->push_id);
 	return redrive_array(INT8OID, n_ids, ids, NULL);

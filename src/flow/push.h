@@ -115,6 +115,7 @@ typedef struct Push
 
 	TimestampTz finished_at;
 	int64		config_version; /* of its platform, when it was claimed */
+	bool		recorded;		/* by the transaction that is open */
 	bool		given_back;		/* nothing was sent; no attempt is counted */
 	bool		delivered;
 	bool		charged;		/* costs a retry */

@@ -226,6 +226,8 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		*n = redrive_put_locked_last(pushes, *n);
 	if (*n > 0)
 		redrive_record_pushes(pushes, *n, false);
+	for (int i = 0; i < *n; i++)
+		pushes[i]->recorded = true;
 	step = CLAIMING;
 	if (may_claim)
 	{
@@ -293,6 +295,8 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(claim_cxt);
 		error = CopyErrorData();
+		for (int i = 0; i < n; i++)
+			pushes[i]->recorded = false;
 		if (step != RECORDING || redrive_is_outage(error->sqlerrcode))
 			EmitErrorReport();
 		FlushErrorState();

@@ -196,6 +196,24 @@ is($node->safe_psql('postgres', "SELECT bool_and(u.state = 'waiting' AND u.retry
 	FROM redrive.pushes AS u JOIN redrive.platforms AS p USING (platform_id) WHERE p.name = 'later' AND u.failed_at IS NOT NULL"), 't', '... is waited for');
 drop_platforms();
 
+# What a turn records may be due again at once, or soon.  Nothing else is pushed, and the bounds are shorter than the time after which the pusher
+# looks at everything, twice.
+#
+# Seen red: without "recorded" in under_way() (src/flow/push.c) each of these waits up to 30 s.
+platform($node, $receiver, 'again', '/first/3', "retry_interval => '100 ms'");
+$node->safe_psql('postgres', "SELECT redrive.record_task('again', 'first')");
+ok(poll_until($node, "SELECT bool_and(state = 'delivered' AND attempt_no = 4) FROM redrive.pushes", 't', timeout => 25), 'retries come when they are due');
+drop_platforms();
+platform($node, $receiver, 'changing', '/delay/0.3');
+for my $version (1 .. 4)
+{
+	$node->safe_psql('postgres', "SELECT redrive.record_task('changing', 'status $version')");
+	wait_for_request($receiver, '/delay/0.3', $version);
+}
+ok(poll_until($node, "SELECT bool_and(state = 'delivered' AND attempt_no = 4) FROM redrive.pushes", 't', timeout => 25), 'changes of what is under way come after it');
+is($node->safe_psql('postgres', "SELECT max(started_at) - min(started_at) < interval '25 s' FROM redrive.push_attempts WHERE platform = 'changing'"), 't', '... at once');
+drop_platforms();
+
 # A slow platform delays nobody, a change while a push is under way is pushed after it, and an outage costs no retries.
 platform($node, $receiver, 'slow', '/delay/1', "max_in_flight => 50");
 platform($node, $receiver, 'fast', '/fast');
