@@ -26,13 +26,15 @@
 
 /*
  * Settings of our statements.  A plan that is made while a table is small is
- * kept while it grows: it shall use the index from the start.
+ * kept while it grows: it shall use the index from the start.  Nothing is so large
+ * that it is worth starting workers for, whatever the planner thinks of a function.
  */
 static const char *const settings[][2] = {
 	{"search_path", "pg_catalog, pg_temp"},
 	{"enable_seqscan", "off"},
 	{"plan_cache_mode", "force_generic_plan"},
 	{"jit", "off"},
+	{"max_parallel_workers_per_gather", "0"},
 };
 
 /* And of those that look single rows up. */

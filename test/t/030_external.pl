@@ -51,6 +51,24 @@ ok(poll_until($node, "SELECT idx_scan >= 200 FROM pg_stat_user_indexes WHERE ind
 cmp_ok($node->safe_psql('postgres', "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelid = 'redrive.chunks_finished_idx'::regclass"), '<', 200, '... but not among those that ended');
 is($node->safe_psql('postgres', "SELECT coalesce(redrive._next_due((SELECT min(started_at) FROM redrive.batches) - interval '1 min')::text, 'nothing')"), 'nothing', '... and their supervisor sleeps');
 
+# Nor does what the planner expects of functions start parallel workers for one item.
+#
+# Seen red: without max_parallel_workers_per_gather in src/base/spi_call.c two of them start at each settle().
+my $log_at = -s $node->logfile;
+$node->safe_psql('postgres', q{
+LOAD 'auto_explain';
+SET auto_explain.log_min_duration = 0;
+SET auto_explain.log_nested_statements = on;
+SELECT redrive.submit('one by one', ARRAY(SELECT to_jsonb(i) FROM generate_series(1, 3) AS i), label => 'settled');
+SELECT min(chunk_id) AS chunk, min(lease_token) AS token FROM redrive.claim('one by one', 3) \gset
+SELECT redrive.settle(:chunk, :token, ARRAY[(1, 'ok', NULL, NULL, NULL)]::redrive.outcome[]);
+SELECT redrive.complete(:chunk, :token, ARRAY[(2, 'ignored', NULL, NULL, NULL)]::redrive.outcome[]);
+});
+my $plans = slurp_file($node->logfile, $log_at);
+like($plans, qr/_open_items/, 'plans of a settlement are seen');
+unlike($plans, qr/Workers Planned/, '... and have no workers');
+batch_is($node, 'settled');
+
 # Start a client; what it prints goes to the returned hash.
 sub client
 {
