@@ -37,17 +37,20 @@ static RedriveSql judge_answers = {
 /*
  * Delivered.  $1 number, $2 claim, $3 version, $4 status, $5 now.  Whether more is wanted
  * is asked of the row as it is when it is changed: a new version may have come since the
- * statement began.  Returns those that were still ours.
+ * statement began.  What was given up or blocked meanwhile, and wants more, stays so: the
+ * task may be a test now.  Returns those that were still ours.
  */
 static RedriveSql record_delivered = {
 	.lookups = true,
 	.text =
 	"UPDATE redrive.pushes AS u SET"
-	"  state = CASE WHEN u.wanted_version > n.version THEN 'pending'::redrive.push_state ELSE 'delivered' END,"
+	"  state = CASE WHEN u.wanted_version <= n.version THEN 'delivered'::redrive.push_state WHEN u.state IN ('dead', 'blocked') THEN u.state ELSE 'pending' END,"
 	"  retry_count = CASE WHEN u.wanted_version > n.version THEN 0 ELSE u.retry_count END,"
 	"  next_attempt_at = CASE WHEN u.wanted_version > n.version THEN $5 ELSE u.next_attempt_at END,"
 	"  pushed_version = n.version, pushed_status = CASE WHEN u.wanted_version = n.version THEN u.wanted_status END,"
-	"  delivered_at = $5, http_status = n.http_status, error_class = NULL, message = NULL, attempt_no = u.attempt_no + 1, last_claim_id = n.claim_id"
+	"  delivered_at = $5, http_status = n.http_status, attempt_no = u.attempt_no + 1, last_claim_id = n.claim_id,"
+	"  error_class = CASE WHEN u.wanted_version > n.version AND u.state IN ('dead', 'blocked') THEN u.error_class END,"
+	"  message = CASE WHEN u.wanted_version > n.version AND u.state IN ('dead', 'blocked') THEN u.message END"
 	" FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (push_id, claim_id, version, http_status, place)"
 	" WHERE u.push_id = n.push_id AND u.last_claim_id < n.claim_id"
 	" RETURNING n.place, u.attempt_no, false AS charged",

@@ -214,6 +214,21 @@ ok(poll_until($node, "SELECT bool_and(state = 'delivered' AND attempt_no = 4) FR
 is($node->safe_psql('postgres', "SELECT max(started_at) - min(started_at) < interval '25 s' FROM redrive.push_attempts WHERE platform = 'changing'"), 't', '... at once');
 drop_platforms();
 
+# A task that becomes a test while it is pushed.
+#
+# Seen red: without "dead" and "blocked" in record_delivered (src/flow/push_record.c) the status of the test is sent.
+platform($node, $receiver, 'tested', '/delay/0.4');
+$node->safe_psql('postgres', "SELECT redrive.record_task('tested', 'first')");
+wait_for_request($receiver, '/delay/0.4', 1);
+$node->safe_psql('postgres', "SELECT redrive.record_task('tested', 'second'); SELECT redrive.record_task('tested', 'of a test', is_test => true)");
+ok(poll_until($node, "SELECT count(*) = 1 FROM redrive.push_attempts WHERE platform = 'tested' AND delivered"), 'it is delivered while it becomes a test');
+is($node->safe_psql('postgres', "SELECT state, error_class, pushed_version, wanted_version FROM redrive.push_status WHERE platform = 'tested'"), 'blocked|test|1|2', '... and waits for nothing else');
+platform($node, $receiver, 'after', '/after');
+$node->safe_psql('postgres', "SELECT redrive.record_task('after', 'first')");
+becomes('after', 'delivered', 'another one goes on');
+is(join(' ', map { $_->{body} =~ /"tested".*"version" : (\d)/ } received($receiver, '/delay/0.4')), '1', '... and nothing of the test was sent');
+drop_platforms();
+
 # A slow platform delays nobody, a change while a push is under way is pushed after it, and an outage costs no retries.
 platform($node, $receiver, 'slow', '/delay/1', "max_in_flight => 50");
 platform($node, $receiver, 'fast', '/fast');
