@@ -191,7 +191,8 @@ redrive_teach_platform(Push *push)
 	platform->new_attempts++;
 	if (push->delivered)
 		platform->new_delivered++;
-	if (ours)
+	/* nor does an answer to what the platform was before it was altered */
+	if (ours || push->config_version != platform->config_version)
 		return;
 	if (answered)
 	{
