@@ -50,40 +50,37 @@ LANGUAGE sql STABLE AS $$
     ORDER BY p.pid
 $$;
 
--- What keeps a handler from running, whatever the batch.
-CREATE FUNCTION redrive._handler_problems(p_handler_id int) RETURNS TABLE (fact text, detail text, remedy text)
+-- What keeps workers from running functions of a handler or a platform, of which
+-- p_what says what they are for; a signature of NULL = there is none.
+CREATE FUNCTION redrive._problems_of(p_kind text, p_name text, p_owner regrole, p_needs_workers boolean, p_what text[], p_signatures text[])
+RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE sql STABLE AS $$
     SELECT r.fact, r.detail, r.remedy
-    FROM redrive.handlers AS h
-    LEFT JOIN pg_roles AS o ON o.oid = h.owner::oid
-    -- workers of ours only run the callbacks of an external handler
-    CROSS JOIN LATERAL (SELECT h.kind <> 'external' OR h.on_unlock IS NOT NULL OR h.on_finish IS NOT NULL AS needed) AS w
+    FROM (SELECT) AS one
+    LEFT JOIN pg_roles AS o ON o.oid = p_owner::oid
     CROSS JOIN LATERAL (
         SELECT 'owner gone' AS fact,
-            format('The owner of handler "%s", role with oid %s, was dropped.', h.name, h.owner::oid) AS detail,
-            format('UPDATE redrive.handlers SET owner = ''another_role'' WHERE name = %L;', h.name) AS remedy
+            format('The owner of %s "%s", role with oid %s, was dropped.', p_kind, p_name, p_owner::oid) AS detail,
+            format('UPDATE redrive.%ss SET owner = ''another_role'' WHERE name = %L;', p_kind, p_name) AS remedy
         WHERE o.oid IS NULL
         UNION ALL
         SELECT 'owner cannot log in',
-            format('Workers connect as role %s, the owner of handler "%s".', h.owner, h.name),
-            format('ALTER ROLE %s LOGIN;', h.owner)
-        WHERE w.needed AND NOT o.rolcanlogin AND redrive._owner_needs_login()
+            format('Workers connect as role %s, the owner of %s "%s".', p_owner, p_kind, p_name),
+            format('ALTER ROLE %s LOGIN;', p_owner)
+        WHERE p_needs_workers AND NOT o.rolcanlogin AND redrive._owner_needs_login()
         UNION ALL
         SELECT 'owner cannot connect',
-            format('Role %s, the owner of handler "%s", has no right to connect to database "%s".', h.owner, h.name, current_database()),
-            format('GRANT CONNECT ON DATABASE %I TO %s;', current_database(), h.owner)
-        WHERE w.needed AND o.oid IS NOT NULL AND NOT has_database_privilege(o.oid, current_database(), 'CONNECT')
+            format('Role %s, the owner of %s "%s", has no right to connect to database "%s".', p_owner, p_kind, p_name, current_database()),
+            format('GRANT CONNECT ON DATABASE %I TO %s;', current_database(), p_owner)
+        WHERE p_needs_workers AND o.oid IS NOT NULL AND NOT has_database_privilege(o.oid, current_database(), 'CONNECT')
         UNION ALL
         SELECT CASE WHEN g.proc IS NULL THEN f.what || ' missing' ELSE f.what || ' not executable' END,
-            CASE WHEN g.proc IS NULL THEN format('Function %s of handler "%s" does not exist.', f.signature, h.name)
-                 ELSE format('Role %s, the owner of handler "%s", may not execute function %s.', h.owner, h.name, f.signature) END,
-            CASE WHEN g.proc IS NULL THEN format('Create the function again, or name another one with redrive.alter_handler(%L, ...).', h.name)
-                 WHEN has_function_privilege(o.oid, g.proc, 'EXECUTE') THEN format('GRANT USAGE ON SCHEMA %s TO %s;', p.pronamespace::regnamespace, h.owner)
-                 ELSE format('GRANT EXECUTE ON FUNCTION %s TO %s;', f.signature, h.owner) END
-        FROM (VALUES
-            ('handler function', h.function || CASE h.signature WHEN 'payload' THEN '(jsonb)' WHEN 'key_payload' THEN '(text, jsonb)' WHEN 'item' THEN '(redrive.item)' WHEN 'items' THEN '(redrive.item[])' END),
-            ('on_unlock', h.on_unlock || '(text)'),
-            ('on_finish', h.on_finish || '(bigint, integer)')) AS f (what, signature)
+            CASE WHEN g.proc IS NULL THEN format('Function %s of %s "%s" does not exist.', f.signature, p_kind, p_name)
+                 ELSE format('Role %s, the owner of %s "%s", may not execute function %s.', p_owner, p_kind, p_name, f.signature) END,
+            CASE WHEN g.proc IS NULL THEN format('Create the function again, or name another one with redrive.alter_%s(%L, ...).', p_kind, p_name)
+                 WHEN has_function_privilege(o.oid, g.proc, 'EXECUTE') THEN format('GRANT USAGE ON SCHEMA %s TO %s;', p.pronamespace::regnamespace, p_owner)
+                 ELSE format('GRANT EXECUTE ON FUNCTION %s TO %s;', f.signature, p_owner) END
+        FROM unnest(p_what, p_signatures) AS f (what, signature)
         CROSS JOIN LATERAL (SELECT to_regprocedure(f.signature)::oid AS proc) AS g
         LEFT JOIN pg_proc AS p ON p.oid = g.proc
         WHERE f.signature IS NOT NULL
@@ -91,7 +88,28 @@ LANGUAGE sql STABLE AS $$
                OR (o.oid IS NOT NULL
                    AND NOT (has_function_privilege(o.oid, g.proc, 'EXECUTE') AND has_schema_privilege(o.oid, p.pronamespace, 'USAGE'))))
     ) AS r
+$$;
+
+-- What keeps a handler from running, whatever the batch.
+CREATE FUNCTION redrive._handler_problems(p_handler_id int) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT r.fact, r.detail, r.remedy
+    FROM redrive.handlers AS h
+    -- workers of ours only run the callbacks of an external handler
+    CROSS JOIN LATERAL redrive._problems_of('handler', h.name, h.owner, h.kind <> 'external' OR h.on_unlock IS NOT NULL OR h.on_finish IS NOT NULL,
+        ARRAY['handler function', 'on_unlock', 'on_finish'],
+        ARRAY[h.function || CASE h.signature WHEN 'payload' THEN '(jsonb)' WHEN 'key_payload' THEN '(text, jsonb)' WHEN 'item' THEN '(redrive.item)' WHEN 'items' THEN '(redrive.item[])' END,
+            h.on_unlock || '(text)', h.on_finish || '(bigint, integer)']) AS r
     WHERE h.handler_id = $1
+$$;
+
+-- What keeps a platform from getting its bodies; workers of ours only build them.
+CREATE FUNCTION redrive._platform_problems(p_platform_id int) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT r.fact, r.detail, r.remedy
+    FROM redrive.platforms AS p
+    CROSS JOIN LATERAL redrive._problems_of('platform', p.name, p.owner, p.build IS NOT NULL, '{build}', ARRAY[p.build || '(redrive.task)']) AS r
+    WHERE p.platform_id = $1
 $$;
 
 -- The workers of a batch, what they are in, and who blocks them.

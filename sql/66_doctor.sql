@@ -232,6 +232,17 @@ LANGUAGE sql STABLE AS $$
     FROM redrive.platforms AS p
     WHERE p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind)
     UNION ALL
+    SELECT CASE WHEN EXISTS (SELECT FROM redrive.pushes AS u WHERE u.platform_id = p.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting'))
+                THEN 'error' ELSE 'warning' END,
+        r.detail, r.remedy
+    FROM redrive.platforms AS p
+    CROSS JOIN LATERAL redrive._platform_problems(p.platform_id) AS r
+    UNION ALL
+    -- by itself, not by pause_platform()
+    SELECT 'warning', format('Platform "%s" is paused: %s.', p.name, s.reason), format('when it wants them again: SELECT redrive.resume_platform(%1$L); or SELECT redrive.drop_platform(%1$L);', p.name)
+    FROM redrive.platforms AS p JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
+    WHERE p.paused AND s.reason LIKE 'it answered 410:%'
+    UNION ALL
     SELECT 'warning', format('The breaker of platform "%s" is %s: %s.', p.name, replace(s.breaker::text, '_', ' '), s.reason), format('mend the platform; to try at once: SELECT redrive.resume_platform(%L);', p.name)
     FROM redrive.platforms AS p JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
     WHERE s.breaker <> 'closed' AND NOT p.paused

@@ -465,6 +465,8 @@ COMMENT ON FUNCTION redrive._doctor_rows IS 'For the doctor: rows that point now
 COMMENT ON FUNCTION redrive._doctor_server IS 'For the doctor: what hinders vacuum, and the clock';
 COMMENT ON FUNCTION redrive._doctor_version IS 'Findings about the versions of library, SQL objects and files';
 COMMENT ON FUNCTION redrive._doctor_settings IS 'For the doctor: settings, versions and processes';
+COMMENT ON FUNCTION redrive._problems_of IS 'What keeps workers from running the functions of a handler or a platform';
+COMMENT ON FUNCTION redrive._platform_problems IS 'What keeps a platform from getting bodies that its build function makes';
 COMMENT ON FUNCTION redrive._handler_problems IS 'What keeps a handler from running, whatever the batch';
 COMMENT ON FUNCTION redrive._is_monitor IS 'Whether a role may see counts of all batches';
 COMMENT ON FUNCTION redrive._library_version IS 'Version of the library that is loaded';

@@ -23,12 +23,16 @@ SELECT fails($$SELECT redrive.create_handler('outside with an end', kind => 'ext
 SET SESSION AUTHORIZATION regress_nologin_a;
 SELECT redrive.create_handler('of a', 'take');
 SELECT redrive.submit('of a', ARRAY['1']::jsonb[], label => 'of a') > 0 AS submitted;
+CREATE FUNCTION body(task redrive.task) RETURNS jsonb LANGUAGE sql AS $$ SELECT '1'::jsonb $$;
+BEGIN;
+SELECT redrive.create_platform('p of a', 'https://crm.example/', build => 'body'), redrive.pause_platform('p of a');
+COMMIT;
 RESET SESSION AUTHORIZATION;
 ALTER ROLE regress_nologin_a NOLOGIN;
 SET SESSION AUTHORIZATION regress_nologin_a;
 SELECT fact, detail, remedy FROM redrive.why(batch('of a')) WHERE fact ~ 'owner';
 RESET SESSION AUTHORIZATION;
-SELECT severity, finding, remedy FROM redrive.doctor() WHERE finding ~ '"of a"';
+SELECT severity, finding, remedy FROM redrive.doctor() WHERE finding ~ 'of a"';
 
 -- The owner can do the work in a session.
 SET SESSION AUTHORIZATION regress_nologin_a;
@@ -38,6 +42,7 @@ SELECT * FROM progress;
 
 SELECT redrive.revoke_user(r) FROM unnest(ARRAY['regress_nologin_a', 'regress_nologin_b']::name[]) AS r;
 SELECT redrive.drop_handler(name) FROM redrive.handlers ORDER BY name;
+SELECT redrive.drop_platform('p of a');
 DROP OWNED BY regress_nologin_a, regress_nologin_b;
 DROP ROLE regress_nologin_a, regress_nologin_b;
 SET client_min_messages = warning;

@@ -99,6 +99,40 @@ SELECT count(*) FROM redrive._doctor_sockets(330, 330);
 SELECT redrive._max_sockets() BETWEEN 10 AND current_setting('max_files_per_process')::int / 3 AS a_third;
 ROLLBACK;
 
+-- What keeps bodies from being made, and a platform that paused itself.  Seen red: doctor() without _platform_problems is silent.
+BEGIN;
+SET LOCAL SESSION AUTHORIZATION regress_views_a;
+CREATE FUNCTION body(task redrive.task) RETURNS jsonb LANGUAGE sql AS $$ SELECT '1'::jsonb $$;
+SELECT redrive.create_platform('crm', 'https://crm.example/', build => 'body');
+RESET SESSION AUTHORIZATION;
+SELECT * FROM doctor('"crm"');
+SAVEPOINT good;
+ALTER FUNCTION body OWNER TO CURRENT_USER;
+REVOKE EXECUTE ON FUNCTION body FROM PUBLIC, regress_views_a;
+SELECT * FROM doctor('"crm"');
+ROLLBACK TO good;
+DROP FUNCTION body;
+SELECT * FROM doctor('"crm"');
+SET LOCAL SESSION AUTHORIZATION regress_views_a;
+SELECT redrive.record_task('task', 'new');
+RESET SESSION AUTHORIZATION;
+SELECT severity, finding FROM doctor('"crm"');
+ROLLBACK TO good;
+REVOKE CONNECT ON DATABASE contrib_regression FROM PUBLIC;
+SELECT * FROM doctor('"crm"');
+UPDATE redrive.platforms SET build = NULL;
+SELECT count(*) FROM doctor('"crm"');
+ROLLBACK TO good;
+UPDATE redrive.platforms SET owner = 1::oid::regrole;
+SELECT * FROM doctor('"crm"');
+ROLLBACK TO good;
+UPDATE redrive.platforms SET paused = true;
+UPDATE redrive.platform_states SET reason = 'it answered 503';
+SELECT count(*) FROM doctor('"crm"');
+UPDATE redrive.platform_states SET reason = 'it answered 410: it wants no more pushes';
+SELECT * FROM doctor('"crm"');
+ROLLBACK;
+
 -- The time before a retry: never less than the interval, nor more than a tenth above it, up to the longest.
 SELECT n, min(d) >= least(interval '1 min' * 2 ^ n, interval '10 min') AS not_earlier, max(d) < least(interval '1 min' * 2 ^ n, interval '10 min') * 1.12 AS not_much_later, count(DISTINCT d) > 50 AS spread
 FROM generate_series(0, 6) AS n
