@@ -90,6 +90,38 @@ FROM redrive.platforms AS p
 CROSS JOIN LATERAL (SELECT pg_has_role(p.owner::oid, 'USAGE') AS mine) AS m
 WHERE pg_has_role(p.owner::oid, 'USAGE') OR (SELECT has_column_privilege('redrive.batches'::regclass, 'batch_id', 'SELECT'));
 
+-- What keeps a push that is due from being sent at once, as far as tables tell: what the
+-- pusher asks before it claims (redrive_room_of).
+CREATE FUNCTION redrive._why_not_sent(p_push_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT r.fact, r.detail, r.remedy
+    FROM redrive.pushes AS u
+    JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
+    JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
+    CROSS JOIN LATERAL (SELECT count(*) AS n FROM redrive._in_flight AS f WHERE f.platform_id = p.platform_id) AS sent
+    CROSS JOIN LATERAL (SELECT current_setting('redrive.push_max_in_flight')::int AS most, (SELECT count(*) FROM redrive.platforms AS x WHERE NOT x.paused) AS platforms) AS m
+    CROSS JOIN LATERAL (
+        SELECT l.what || ' reached' AS fact, format('%s requests to platform "%s" are under way, of %s at most.', sent.n, p.name, l.most) AS detail, l.remedy
+        FROM (VALUES
+            ('max_in_flight of the platform', p.max_in_flight::bigint, format('wait; or SELECT redrive.alter_platform(%L, max_in_flight => ...);', p.name)),
+            ('share of redrive.push_max_in_flight', greatest(least(m.most / m.platforms, m.most - m.most / 8), 1),
+                'wait; or ALTER SYSTEM SET redrive.push_max_in_flight = ...; SELECT pg_reload_conf();'),
+            ('limit of the platform', s.in_flight_limit, 'wait: it is halved by time-outs, and grows with each push that is delivered')) AS l (what, most, remedy)
+        WHERE sent.n >= l.most
+        UNION ALL
+        SELECT 'rate_limit of the platform', format('No more than %s requests per second are sent to it.', p.rate_limit),
+            format('wait; or SELECT redrive.alter_platform(%L, rate_limit => ...);', p.name)
+        WHERE p.rate_limit IS NOT NULL
+        UNION ALL
+        SELECT 'other pushes come first', format('%s pushes to the platform have been due for longer.', count(*)), 'wait'
+        FROM redrive.pushes AS x
+        WHERE x.platform_id = p.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at < u.next_attempt_at
+          AND x.push_id NOT IN (SELECT f.push_id FROM redrive._in_flight AS f)
+        HAVING count(*) > 0
+    ) AS r
+    WHERE u.push_id = $1
+$$;
+
 -- Why a status has not arrived.
 CREATE FUNCTION redrive._why_push(p_caller oid, p_task_key text, p_platform text) RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE plpgsql STABLE AS $$
@@ -99,6 +131,7 @@ DECLARE
     u redrive.pushes;
     s redrive.platform_states;
     v_lease_until timestamptz;
+    v_no_workers boolean := false;
 BEGIN
     IF p_task_key IS NULL THEN
         RAISE EXCEPTION 'task_key must not be null' USING ERRCODE = '22004', HINT = 'Give the key that the task was recorded with.';
@@ -126,8 +159,11 @@ BEGIN
     ELSIF u.next_attempt_at > now() THEN
         RETURN QUERY SELECT 'waiting for a retry', format('Until %s. The last attempt: %s', u.next_attempt_at, u.message), format('SELECT redrive.redrive_push(%L, %L);', p.name, t.task_key);
     ELSIF u.awaits_build THEN
-        RETURN QUERY SELECT 'not built yet', format('Due since %s; a worker of role "%s" calls %s first.', u.next_attempt_at, pg_get_userbyid(p.owner), p.build),
-            'See why nothing runs: SELECT * FROM redrive.doctor();';
+        RETURN QUERY SELECT 'not built yet', format('Due since %s; a worker of role "%s" calls %s first.', u.next_attempt_at, pg_get_userbyid(p.owner), p.build), NULL::text;
+        RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._platform_problems(p.platform_id) AS x;
+        RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._why_no_workers(p.owner) AS x;
+        v_no_workers := FOUND;
+        RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._why_no_executor(p.owner) AS x WHERE NOT v_no_workers;
     ELSE
         RETURN QUERY SELECT 'due', format('Since %s.', u.next_attempt_at), NULL::text;
     END IF;
@@ -137,18 +173,22 @@ BEGIN
             RETURN QUERY SELECT 'the platform is paused', coalesce('Reason: ' || s.reason || '.', 'By pause_platform().'), format('SELECT redrive.resume_platform(%L);', p.name);
         ELSIF s.breaker <> 'closed' THEN
             RETURN QUERY SELECT 'the breaker of the platform is ' || s.breaker, format('Until %s, because %s.', s.blocked_until, s.reason), format('SELECT redrive.resume_platform(%L);', p.name);
+        ELSIF u.next_attempt_at <= now() AND NOT u.awaits_build THEN
+            RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._why_not_sent(u.push_id) AS x;
         END IF;
         IF p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind) THEN
             RETURN QUERY SELECT 'secrets are missing', 'Dumps do not have them.', format('SELECT redrive.set_platform_secret(%L, ...);', p.name);
         END IF;
-        IF pg_is_in_recovery() THEN
+        IF v_no_workers THEN
+            NULL; -- that has been said
+        ELSIF pg_is_in_recovery() THEN
             RETURN QUERY SELECT 'standby', 'This server is a standby, the pusher runs on the primary only.', 'Ask the primary.';
         ELSIF NOT redrive._preloaded() THEN
             RETURN QUERY SELECT 'there are no workers', 'pg_redrive is not in shared_preload_libraries.', 'Add it and restart the server.';
         ELSIF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
             RETURN QUERY SELECT 'redrive.enabled is off', 'Nothing is pushed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();';
         ELSIF NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database()) THEN
-            RETURN QUERY SELECT 'the pusher is not running', 'The supervisor starts it when there is a free worker process.', 'See max_worker_processes, and SELECT * FROM redrive.doctor();';
+            RETURN QUERY SELECT 'the pusher is not running', 'The supervisor starts it when there is a free worker process.', 'Look in the server log for its errors; it takes one of max_worker_processes.';
         END IF;
     END IF;
 END

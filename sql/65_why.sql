@@ -232,24 +232,77 @@ LANGUAGE sql STABLE AS $$
     WHERE b.batch_id = $2
 $$;
 
+-- Why there are no workers for anybody; p_owner could do the work itself.
+CREATE FUNCTION redrive._why_no_workers(p_owner regrole) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    w record;
+BEGIN
+    SELECT * INTO w FROM redrive._processes();
+    IF pg_is_in_recovery() THEN
+        RETURN QUERY VALUES ('standby', 'This server is a standby, workers run on the primary only.', 'ask the primary');
+    ELSIF NOT redrive._preloaded() THEN
+        RETURN QUERY VALUES ('not preloaded', 'pg_redrive is not in shared_preload_libraries, so there are no workers.',
+            format('CALL redrive.work(); as role %s; or add pg_redrive to shared_preload_libraries and restart the server', p_owner));
+    ELSIF NOT current_setting('redrive.enabled')::boolean THEN
+        RETURN QUERY VALUES ('redrive.enabled is off', 'No batch of the cluster is run.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();');
+    ELSIF current_setting('redrive.max_workers') = '0' THEN
+        RETURN QUERY VALUES ('redrive.max_workers is 0', 'There are no workers.',
+            format('CALL redrive.work(); as role %s; or ALTER SYSTEM SET redrive.max_workers = 4; SELECT pg_reload_conf();', p_owner));
+    ELSIF w.launcher_pid IS NULL OR w.supervisor_pid IS NULL THEN
+        RETURN QUERY VALUES ('workers not running',
+            CASE WHEN w.no_process_since IS NOT NULL
+                 THEN format('The supervisor of this database cannot be started since %s: all of max_worker_processes, %s, are taken.', redrive._seconds(w.no_process_since), current_setting('max_worker_processes'))
+                 WHEN w.launcher_pid IS NULL THEN 'The process "redrive launcher" is not there.'
+                 ELSE 'The process "redrive supervisor" of this database is not there.' END,
+            CASE WHEN w.no_process_since IS NOT NULL THEN 'ALTER SYSTEM SET max_worker_processes = ...; and restart the server'
+                 WHEN w.launcher_pid IS NULL THEN 'look in the server log; if it says "too many background workers", increase max_worker_processes and restart the server'
+                 ELSE 'look in the server log for its errors; it is started again within a minute' END);
+    END IF;
+END
+$$;
+
+-- Where there are workers: why there is none for this role.
+CREATE FUNCTION redrive._why_no_executor(p_owner regrole) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT r.fact, r.detail, r.remedy
+    FROM redrive._processes() AS w
+    CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE s.chunk_id IS NULL) AS free, count(*) FILTER (WHERE s.chunk_id IS NOT NULL) AS busy
+        FROM redrive._slots() AS s
+        WHERE s.owner = p_owner::oid AND s.kind = 'executor'
+    ) AS e
+    CROSS JOIN LATERAL (
+        SELECT 'executors end at once' AS fact, format('Executors of role %s end as soon as they are started; this is tried again after a while, a minute at most.', p_owner) AS detail,
+            'look in the server log for their error' AS remedy
+        WHERE p_owner::oid = ANY (w.held_back)
+        UNION ALL
+        SELECT 'no free worker process',
+            format('No executor can be started since %s: all of max_worker_processes, %s, are taken.', redrive._seconds(w.no_process_since), current_setting('max_worker_processes')),
+            'ALTER SYSTEM SET max_worker_processes = ...; and restart the server'
+        WHERE e.free = 0 AND w.no_process_since IS NOT NULL
+        UNION ALL
+        SELECT 'no free executor',
+            format('%s executors are all that redrive.max_workers allows; %s of them work for role %s in this database.', w.executors, e.busy, p_owner),
+            format('wait, or ALTER SYSTEM SET redrive.max_workers = %s; SELECT pg_reload_conf();', w.executors + 1)
+        WHERE e.free = 0 AND w.no_process_since IS NULL AND w.executors >= current_setting('redrive.max_workers')::int
+    ) AS r
+$$;
+
 -- Why nobody takes what a batch has due; no row when nothing is due.
 CREATE FUNCTION redrive._why_not_taken(p_caller oid, p_batch_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     b redrive.batches;
     h redrive.handlers;
-    w record;
     v_now timestamptz := clock_timestamp();
-    v_max_workers int := current_setting('redrive.max_workers');
     v_orphaned record;
     v_busy bigint;
     v_before bigint;
-    v_free bigint;
     v_blocked boolean := false;
 BEGIN
     SELECT * INTO STRICT b FROM redrive.batches AS x WHERE x.batch_id = p_batch_id;
     SELECT * INTO STRICT h FROM redrive.handlers AS x WHERE x.handler_id = b.handler_id;
-    SELECT * INTO w FROM redrive._processes();
     SELECT count(*) AS chunks, sum(c.items - c.done) FILTER (WHERE NOT l.lot) AS items, max(c.rescue_count) AS lost INTO v_orphaned
     FROM redrive.chunks AS c
     -- a lot, set aside and in no claim so far, is not special (_take_work)
@@ -277,30 +330,8 @@ BEGIN
         RETURN QUERY SELECT c.fact, c.detail, c.remedy FROM redrive._why_not_claimed(p_caller, p_batch_id) AS c WHERE NOT v_blocked;
         RETURN;
     END IF;
-    IF pg_is_in_recovery() THEN
-        RETURN QUERY VALUES ('standby', 'This server is a standby, workers run on the primary only.', 'ask the primary');
-        RETURN;
-    ELSIF NOT redrive._preloaded() THEN
-        RETURN QUERY VALUES ('not preloaded', 'pg_redrive is not in shared_preload_libraries, so there are no workers.',
-            format('CALL redrive.work(); as role %s; or add pg_redrive to shared_preload_libraries and restart the server', h.owner));
-        RETURN;
-    END IF;
-    IF NOT current_setting('redrive.enabled')::boolean THEN
-        RETURN QUERY VALUES ('redrive.enabled is off', 'No batch of the cluster is run.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();');
-        RETURN;
-    ELSIF v_max_workers = 0 THEN
-        RETURN QUERY VALUES ('redrive.max_workers is 0', 'There are no workers.',
-            format('CALL redrive.work(); as role %s; or ALTER SYSTEM SET redrive.max_workers = 4; SELECT pg_reload_conf();', h.owner));
-        RETURN;
-    ELSIF w.launcher_pid IS NULL OR w.supervisor_pid IS NULL THEN
-        RETURN QUERY VALUES ('workers not running',
-            CASE WHEN w.no_process_since IS NOT NULL
-                 THEN format('The supervisor of this database cannot be started since %s: all of max_worker_processes, %s, are taken.', redrive._seconds(w.no_process_since), current_setting('max_worker_processes'))
-                 WHEN w.launcher_pid IS NULL THEN 'The process "redrive launcher" is not there.'
-                 ELSE 'The process "redrive supervisor" of this database is not there.' END,
-            CASE WHEN w.no_process_since IS NOT NULL THEN 'ALTER SYSTEM SET max_worker_processes = ...; and restart the server'
-                 WHEN w.launcher_pid IS NULL THEN 'look in the server log; if it says "too many background workers", increase max_worker_processes and restart the server'
-                 ELSE 'look in the server log for its errors; it is started again within a minute' END);
+    RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._why_no_workers(h.owner) AS x;
+    IF FOUND THEN
         RETURN;
     END IF;
 
@@ -311,11 +342,6 @@ BEGIN
             format('%s workers, as many as handler "%s" may have, are in batches %s.', v_busy, h.name,
                 (SELECT string_agg(DISTINCT c.batch_id::text, ', ') FROM redrive.chunks AS c WHERE c.handler_id = h.handler_id AND c.state = 'running')),
             format('wait, or SELECT redrive.alter_handler(%L, max_workers => %s);', h.name, h.max_workers + 1));
-        v_blocked := true;
-    END IF;
-    IF h.owner::oid = ANY (w.held_back) THEN
-        RETURN QUERY VALUES ('executors end at once', format('Executors of role %s end as soon as they are started; this is tried again after a while, a minute at most.', h.owner),
-            'look in the server log for their error');
         v_blocked := true;
     END IF;
     -- an executor that looks for work and cannot go on
@@ -343,8 +369,6 @@ BEGIN
         RETURN;
     END IF;
 
-    v_free := (SELECT count(*) FROM redrive._slots() AS s WHERE s.owner = h.owner::oid AND s.kind = 'executor' AND s.chunk_id IS NULL);
-    v_busy := (SELECT count(*) FROM redrive._slots() AS s WHERE s.owner = h.owner::oid AND s.kind = 'executor' AND s.chunk_id IS NOT NULL);
     v_before := (
         SELECT count(*)
         FROM redrive.batches AS x
@@ -352,19 +376,12 @@ BEGIN
         WHERE y.owner = h.owner AND x.batch_id <> b.batch_id AND NOT y.paused
           AND ((x.claimable AND x.serve_after <= v_now AND (x.priority > b.priority OR (x.priority = b.priority AND x.serve_after < b.serve_after)))
                OR (x.next_retry_at <= v_now AND x.state IN ('running', 'retrying') AND x.priority > b.priority)));
-    IF v_free = 0 AND w.no_process_since IS NOT NULL THEN
-        RETURN QUERY VALUES ('no free worker process',
-            format('No executor can be started since %s: all of max_worker_processes, %s, are taken.', redrive._seconds(w.no_process_since), current_setting('max_worker_processes')),
-            'ALTER SYSTEM SET max_worker_processes = ...; and restart the server');
-    ELSIF v_free = 0 AND w.executors >= v_max_workers THEN
-        RETURN QUERY VALUES ('no free executor',
-            format('%s executors are all that redrive.max_workers allows; %s of them work for role %s in this database.', w.executors, v_busy, h.owner),
-            format('wait, or ALTER SYSTEM SET redrive.max_workers = %s; SELECT pg_reload_conf();', w.executors + 1));
-    END IF;
+    RETURN QUERY SELECT x.fact, x.detail, x.remedy FROM redrive._why_no_executor(h.owner) AS x;
+    v_blocked := FOUND;
     IF v_before > 0 THEN
         RETURN QUERY VALUES ('other batches come first',
             format('%s other batches of role %s have a higher priority, or have waited longer at the same one; this one has priority %s.', v_before, h.owner, b.priority), 'wait');
-    ELSIF v_free > 0 OR w.executors < v_max_workers THEN
+    ELSIF NOT v_blocked THEN
         RETURN QUERY VALUES ('due', 'Nothing is in its way: a worker is called and takes it.', 'ask again; if it stays so, CALL redrive.run_pass(''rescue_stale'');');
     END IF;
 END

@@ -474,6 +474,8 @@ COMMENT ON FUNCTION redrive._pass_runs IS 'When a pass ran last, as a sentence';
 COMMENT ON FUNCTION redrive._processes IS 'Background processes that serve this database';
 COMMENT ON FUNCTION redrive._seconds IS 'A time as text, in whole seconds';
 COMMENT ON FUNCTION redrive._why IS 'Body of why()';
+COMMENT ON FUNCTION redrive._why_no_workers IS 'Why there are no workers for anybody';
+COMMENT ON FUNCTION redrive._why_no_executor IS 'Why there is no worker for a role';
 COMMENT ON FUNCTION redrive._why_not_taken IS 'Why nobody takes what a batch has due';
 COMMENT ON FUNCTION redrive._why_waits IS 'What a batch waits for by itself';
 COMMENT ON FUNCTION redrive._why_workers IS 'Workers of a batch, what they are in, and who blocks them';
@@ -752,6 +754,7 @@ COMMENT ON FUNCTION redrive._push_tasks(timestamptz, timestamptz) IS 'Body of th
 COMMENT ON FUNCTION redrive._push_tasks(oid, timestamptz) IS 'Body of push_tasks()';
 COMMENT ON FUNCTION redrive._purge_tasks IS 'Delete old tasks';
 COMMENT ON FUNCTION redrive._why_push IS 'Body of why_push()';
+COMMENT ON FUNCTION redrive._why_not_sent IS 'What keeps a push that is due from being sent at once';
 COMMENT ON FUNCTION redrive._max_sockets IS 'How many sockets a process may open';
 COMMENT ON FUNCTION redrive._doctor_sockets IS 'For the doctor: are there enough sockets for the pusher?';
 COMMENT ON FUNCTION redrive._doctor_pushes IS 'For the doctor: platforms and pushes';

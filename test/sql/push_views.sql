@@ -82,6 +82,21 @@ SELECT * FROM doctor('lease', now() + interval '119 s');
 SELECT * FROM doctor('lease', now() + interval '121 s');
 DELETE FROM redrive.push_claims;
 
+-- Due and not sent: others were due before, the rate, and as many are under way as may be.  Seen red: without _why_not_sent it is only "due".
+SAVEPOINT sent;
+UPDATE redrive.pushes SET state = 'pending', next_attempt_at = now() - interval '1 min' WHERE push_id = push('task 1');
+UPDATE redrive.pushes SET next_attempt_at = now() WHERE push_id = push('task 3');
+SELECT fact, detail, remedy FROM why('task 1') WHERE fact <> 'the pusher is not running';
+UPDATE redrive.platforms SET rate_limit = NULL, max_in_flight = 2;
+INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)
+SELECT platform_id, 1, false, now(), now() + interval '1 min', ARRAY[push('task 2'), push('task 8')], '{1, 1}' FROM redrive.platforms;
+SELECT fact, detail, remedy FROM why('task 3') WHERE fact <> 'the pusher is not running';
+UPDATE redrive.platforms SET max_in_flight = 3;
+UPDATE redrive.platform_states SET in_flight_limit = 2;
+SELECT count(redrive.create_platform('other ' || i, 'https://other.example/')) FROM generate_series(1, 63) AS i;
+SELECT fact, detail, remedy FROM why('task 1') WHERE fact <> 'the pusher is not running';
+ROLLBACK TO sent;
+
 -- Speed: of the last five minutes.
 INSERT INTO redrive.push_log (part, push_id, attempt_no, platform_id, version, started_at, finished_at, delivered, charged, is_probe)
 SELECT 0, 1, i, p.platform_id, 1, x.at - interval '10 ms' * i, x.at, true, true, false
@@ -115,6 +130,7 @@ DROP FUNCTION body;
 SELECT * FROM doctor('"crm"');
 SET LOCAL SESSION AUTHORIZATION regress_views_a;
 SELECT redrive.record_task('task', 'new');
+SELECT * FROM why('task');
 RESET SESSION AUTHORIZATION;
 SELECT severity, finding FROM doctor('"crm"');
 ROLLBACK TO good;
