@@ -58,6 +58,10 @@ SELECT redrive.create_handler('approve', 'approve', retry_delay => '1 h');
 SELECT redrive.submit_query('approve', 'SELECT NULL::text, jsonb_build_object(''n'', n) FROM generate_series(1, 50) AS n', label => 'first');
 SELECT redrive.submit_query('approve', 'SELECT NULL::text, ''{}''::jsonb FROM generate_series(1, 7)', label => 'tomorrow', run_at => now() + interval '1 day');
 SELECT redrive.rescue_stale();
+-- on purpose: nobody has to be woken
+SELECT redrive.create_handler('resting', 'approve', start_timeout => '1 ms');
+SELECT redrive.pause_handler('resting');
+SELECT redrive.submit('resting', ARRAY['{}']::jsonb[]);
 BEGIN;
 SELECT redrive.create_platform('crm', 'https://crm.example/');
 SELECT redrive.pause_platform('crm');
@@ -106,6 +110,8 @@ SQL
 	is($value->('pg_redrive_queue_waiting_retry', 'handler="approve"'), 1, 'items that wait for a retry');
 	is($value->('pg_redrive_batches_live', 'state="retrying"'), 1, 'batches that are retrying');
 	is($value->('pg_redrive_stale_batches', 'reason="orphaned"'), 0, 'no stale batch');
+	# seen red: with all of stale_batches it is 1, and RedriveStale fires while somebody rests
+	is($value->('pg_redrive_stale_batches', 'reason="never_started"'), 0, 'a batch that waits as its handler is paused is not stale to the alert');
 	is($value->('pg_redrive_workers_executors', ''), 1, 'one executor');
 	is($value->('pg_redrive_pass_age_seconds', 'pass="purge"'), '+Inf', 'a pass that never ran');
 	cmp_ok($value->('pg_redrive_pass_age_seconds', 'pass="rescue_stale"'), '<', 600, 'a pass that did');
