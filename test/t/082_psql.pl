@@ -68,6 +68,8 @@ foreach my $wrong ([ '--interval', '0' ], [ '--interval', '3601' ], [ '--interva
 }
 ($rc, $out, $err) = run($top, '--once', 'template1');
 isnt($rc, 0, 'a database without the extension is an error');
+my ($before, $after) = $err =~ /(relation "redrive\.)\w+(" does not exist)/;
+like(slurp_file("$root/docs/operations.md"), qr/^\| .*`\Q$before\E\xe2\x80\xa6\Q$after\E`/m, '... which docs/operations.md explains');
 
 # the shortcuts, all of them, each explained
 my @words = slurp_file("$root/examples/psqlrc") =~ /^\\set (\w+) /mg;
