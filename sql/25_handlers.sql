@@ -202,7 +202,7 @@ CREATE FUNCTION redrive.create_handler(
     on_unlock text DEFAULT NULL, on_finish text DEFAULT NULL, notify boolean DEFAULT false) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_create_handler';
 COMMENT ON FUNCTION redrive.create_handler IS
-'Create a handler owned by the caller. function: a name, or a name with argument types, of a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item); for kind set, of (items redrive.item[]) that returns void or SETOF redrive.outcome. max_retries 3 means 4 attempts. retry_delay NULL = failures wait for the retry_failed pass. on_unlock(key text) is called when an item''s key is unlocked, on_finish(batch_id bigint, run_no int) when a batch ends. notify, for kind external: NOTIFY redrive_<name> when there is something to claim. Errors: 42710 name taken, 42883 no such function, 42725 several fit, 22023 value out of range, 42501 no EXECUTE.';
+'Create a handler owned by the caller. function: a name, or a name with argument types, of a function of (payload jsonb), (key text, payload jsonb) or (item redrive.item); for kind set, of (items redrive.item[]) that returns void or SETOF redrive.outcome. max_retries 3 means 4 attempts. retry_delay NULL = failures wait for the retry_failed pass. on_unlock(key text) is called when an item''s key is unlocked, on_finish(batch_id bigint, run_no int) when a batch ends. notify, for kind external: NOTIFY redrive_<name> when there is something to claim. Errors: 42710 name taken, 42883 no such function, 42602 not a name, 42725 several fit, 22023 value out of range, 42501 no EXECUTE.';
 
 CREATE FUNCTION redrive.alter_handler(
     name text, function text DEFAULT NULL, kind redrive.handler_kind DEFAULT NULL,

@@ -14,7 +14,6 @@
 
 #include "catalog/namespace.h"
 #include "catalog/pg_authid.h"
-#include "catalog/pg_namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "funcapi.h"
@@ -27,7 +26,6 @@
 #include "utils/lsyscache.h"
 #include "utils/regproc.h"
 #include "utils/syscache.h"
-#include "utils/varlena.h"
 
 #include "base/compat.h"
 #include "base/spi_call.h"
@@ -112,50 +110,6 @@ redrive_find_callback(const char *name, CallbackKind kind, bool missing_ok)
 }
 
 /*
- * Check a function that a user names, and return its qualified name.
- *
- * Throws 42809 when it is no plain function, 42501 when the caller may not
- * execute it.
- */
-static Datum
-qualified_name(Oid funcid, const char *what, bool set_allowed)
-{
-	char	   *namespace = get_namespace_name(get_func_namespace(funcid));
-	char	   *name = get_func_name(funcid);
-
-	if (get_func_prokind(funcid) != PROKIND_FUNCTION || (get_func_retset(funcid) && !set_allowed))
-		ereport(ERROR,
-				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("\"%s\" cannot be used as %s", name, what),
-				 errdetail("It is a procedure, an aggregate, a window function or returns a set."),
-				 errhint("Use a plain function; its result is ignored.")));
-	if (!redrive_may_execute(funcid, GetUserId()))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for function \"%s\"", name),
-				 errdetail("It will run as role \"%s\".", GetUserNameFromId(GetUserId(), false)),
-				 errhint("Grant EXECUTE on it to that role.")));
-	return CStringGetTextDatum(quote_qualified_identifier(namespace, name));
-}
-
-/* Say which functions of a name users have made, as a sentence, or "" if there are none. */
-static char *
-functions_named(const char *given)
-{
-	List	   *names = redrive_name_list(pnstrdup(given, strcspn(given, "(")));
-	StringInfoData list;
-
-	initStringInfo(&list);
-	for (FuncCandidateList c = FuncnameGetCandidates(names, -1, NIL, false, false, false, true); c != NULL; c = c->next)
-		if (get_func_namespace(c->oid) != PG_CATALOG_NAMESPACE)
-			appendStringInfo(&list, "%s%s%s", list.len == 0 ? "There is " : ", ",
-							 get_func_prokind(c->oid) == PROKIND_PROCEDURE ? "procedure " : "", format_procedure(c->oid));
-	if (list.len > 0)
-		appendStringInfoString(&list, ". ");
-	return list.data;
-}
-
-/*
  * Find the function of a row or set handler that a user means: "f", "schema.f" or
  * with argument types.  Looks in the caller's search_path.
  */
@@ -164,20 +118,8 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 {
 	const HandlerSignature last = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_ITEM;
 	Oid			found = InvalidOid;
-	Oid			exact = InvalidOid;
-	const bool	has_types = strchr(given, '(') != NULL;
-
-	if (has_types)
-	{
-		LOCAL_FCINFO(call, 1);
-		Datum		procedure;
-
-		InitFunctionCallInfoData(*call, NULL, 1, InvalidOid, NULL, NULL);
-		call->args[0].value = CStringGetTextDatum(given);
-		call->args[0].isnull = false;
-		procedure = to_regprocedure(call);
-		exact = call->isnull ? InvalidOid : DatumGetObjectId(procedure);
-	}
+	const bool	has_types = given[redrive_name_length(given)] != '\0';
+	Oid			exact = redrive_parse_name(given, has_types);
 
 	for (HandlerSignature s = is_set_handler ? SIGNATURE_ITEMS : SIGNATURE_PAYLOAD; s <= last; s++)
 	{
@@ -208,7 +150,7 @@ find_function(const char *given, bool is_set_handler, HandlerSignature *signatur
 	}
 	if (!OidIsValid(found))
 	{
-		char	   *seen = functions_named(given);
+		char	   *seen = redrive_functions_named(given);
 
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
@@ -231,15 +173,17 @@ redrive_callback_name(Datum given, CallbackKind kind)
 	static const char *const names[] = {"on_unlock", "on_finish", "build"};
 	static const char *const calls[] = {"(key text)", "(batch_id bigint, run_no int)", "(task redrive.task) and returns jsonb"};
 	char	   *name = TextDatumGetCString(given);
-	Oid			found = redrive_find_callback(name, kind, true);
+	Oid			found;
 
+	(void) redrive_parse_name(name, false);
+	found = redrive_find_callback(name, kind, true);
 	if (!OidIsValid(found) || (kind == CALLBACK_BUILD && get_func_rettype(found) != JSONBOID))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_FUNCTION),
 				 errmsg("function \"%s\" does not exist or does not fit %s", name, names[kind]),
 				 errdetail("It is called with %s.", calls[kind]),
 				 errhint("Create the function first, or write its schema if it is not in search_path.")));
-	return qualified_name(found, names[kind], false);
+	return redrive_qualified_name(found, names[kind], false);
 }
 
 /*
@@ -469,7 +413,7 @@ put_handler(FunctionCallInfo fcinfo, bool create)
 		if (!create && !PG_ARGISNULL(0))
 			set = is_set_handler(PG_GETARG_DATUM(0));
 		funcid = find_function(text_to_cstring(PG_GETARG_TEXT_PP(function_arg)), set, &signature);
-		values[first + function_arg] = qualified_name(funcid, set ? "a set handler" : "a row handler", set);
+		values[first + function_arg] = redrive_qualified_name(funcid, set ? "a set handler" : "a row handler", set);
 		if (set)
 			(void) redrive_check_set_result(funcid);
 		values[1] = CStringGetTextDatum(signature_names[signature]);

@@ -81,6 +81,15 @@ SELECT fails($$SELECT redrive.create_handler('h', 'f_unfit')$$);
 SELECT fails($$SELECT redrive.create_handler('h', 'f_unfit(text)')$$);
 SELECT fails($$SELECT redrive.create_handler('h', 'a.b.c.d')$$);
 SELECT fails($$SELECT redrive.create_handler('h', '')$$);
+-- What is no name.  Seen red: the server's error alone, without detail and hint.
+SELECT fails($$SELECT redrive.create_handler('h', 'h; x')$$);
+SELECT fails($$SELECT redrive.create_handler('h', 'h; x(jsonb)')$$);
+SELECT fails($$SELECT redrive.create_handler('h', 'f_payload', on_finish => 'f(bigint, int)')$$);
+-- a parenthesis that is part of the name
+SELECT fails($$SELECT redrive.create_handler('h', '"no (thing"')$$);
+SELECT fails($$SELECT redrive.create_handler('h', '"no (thing"(jsonb)')$$);
+-- before PostgreSQL 16 this is an error of the server, 22P02
+SELECT string_agg(f, ' ') ~ 'detail: .*hint: ' AS is_told FROM fails($$SELECT redrive.create_handler('h', 'h(')$$) AS f;
 SELECT fails($$SELECT redrive.create_handler('h')$$);
 SELECT fails($$SELECT redrive.create_handler('h', NULL, NULL)$$);
 -- Two that fit: the argument types tell.
