@@ -290,4 +290,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION redrive.report_html IS
-'One self-contained HTML page: batches, throughput and failures over the time given, failure groups, retries, stale batches, workers, passes, platforms and their pushes, and what doctor() finds. It shows the caller what the views show. Write it to a file: psql -XAtc "select redrive.report_html()" > report.html. Errors: 22004 NULL, 22023 not from 1 minute to 20 years.';
+'One self-contained HTML page: batches, throughput and failures over the time given, failure groups, retries, stale batches, workers, passes, platforms and their pushes, and what doctor() finds. It shows the caller what the views show. Write it to a file: PGCLIENTENCODING=UTF8 psql -XAtc "select redrive.report_html()" > report.html. Errors: 22004 NULL, 22023 not from 1 minute to 20 years.';

@@ -71,6 +71,19 @@ isnt($rc, 0, 'a database without the extension is an error');
 my ($before, $after) = $err =~ /(relation "redrive\.)\w+(" does not exist)/;
 like(slurp_file("$root/docs/operations.md"), qr/^\| .*`\Q$before\E\xe2\x80\xa6\Q$after\E`/m, '... which docs/operations.md explains');
 
+# The report, by the command in the docs, in a database of another encoding.  Seen red: with psql alone the page is in that encoding, and does
+# not say so.
+{
+	my ($command) = slurp_file("$root/docs/reference.md") =~ /^(.*psql .*report_html\(\)") > report\.html$/m;
+	delete local $ENV{PGUSER};
+	$node->safe_psql('postgres', "CREATE DATABASE cn ENCODING 'EUC_CN' LOCALE 'C' TEMPLATE template0");
+	$node->safe_psql('cn', "CREATE EXTENSION pg_redrive; CREATE FUNCTION approve(payload jsonb) RETURNS void LANGUAGE sql AS '';"
+			. "SET client_encoding = 'UTF8'; SELECT redrive.create_handler('\xe5\xae\xa1\xe6\x89\xb9', 'approve')");
+	local $ENV{PGDATABASE} = 'cn';
+	($rc, $out, $err) = run('bash', '-c', $command);
+	like($out, qr/<meta charset="utf-8">.*<td>\xe5\xae\xa1\xe6\x89\xb9</s, 'a report in a database of another encoding says what it is in') or diag($err);
+}
+
 # the shortcuts, all of them, each explained
 my @words = slurp_file("$root/examples/psqlrc") =~ /^\\set (\w+) /mg;
 my $doc = slurp_file("$root/docs/psql.md");
