@@ -67,6 +67,7 @@ typedef struct Candidate
 	char	   *trouble;		/* why it could not connect, or NULL */
 } Candidate;
 
+/* $3, those without a place, come first whatever their priority: what is freed for one, others would take. */
 static RedriveSql list_owners = {
 	"SELECT c.owner, c.owner::regrole::text AS name,"
 	" CASE WHEN r.oid IS NULL THEN 'The role has been dropped.'"
@@ -75,8 +76,8 @@ static RedriveSql list_owners = {
 	" END AS trouble"
 	" FROM (SELECT x.owner, max(x.priority) AS priority, min(x.due) AS due FROM redrive._candidates($1) AS x GROUP BY x.owner) AS c"
 	" LEFT JOIN pg_roles AS r ON r.oid = c.owner"
-	" ORDER BY c.priority DESC, c.due",
-	2, {TIMESTAMPTZOID, BOOLOID}
+	" ORDER BY array_position($3, c.owner::oid), c.priority DESC, c.due",
+	3, {TIMESTAMPTZOID, BOOLOID, OIDARRAYOID}
 };
 
 static RedriveSql next_due = {
@@ -87,6 +88,8 @@ static RedriveSql next_due = {
 static MemoryContext supervisor_cxt;	/* what outlives a turn of the loop */
 static List *executors = NIL;	/* of Started */
 static List *unable = NIL;		/* roles that could not connect; said so */
+static Datum waiting[REDRIVE_MAX_SLOTS];	/* roles without a place */
+static int	n_waiting = 0;
 static RedriveDatabase *own_entry = NULL;	/* in shared memory, ours while we
 											 * live */
 
@@ -344,15 +347,15 @@ dispatch(void)
 	ListCell   *lc;
 	uint64		rows;
 	bool		isnull;
-	bool		starved = false;
 	bool		no_process = false;
 	int64		ms;
 	bool		any_unable = false;
-	Datum		values[2];
+	Datum		values[3];
 	static TimestampTz starved_at = 0;	/* last time seen */
 
 	values[0] = TimestampTzGetDatum(now);
 	values[1] = BoolGetDatum(REDRIVE_OWNER_NEEDS_LOGIN);
+	values[2] = redrive_array(OIDOID, n_waiting, waiting, NULL);
 	rows = redrive_sql(&list_owners, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
@@ -363,6 +366,7 @@ dispatch(void)
 		candidate->trouble = redrive_text(row, "trouble", CurrentMemoryContext);
 		owners = lappend(owners, candidate);
 	}
+	n_waiting = 0;
 	foreach(lc, owners)
 	{
 		Candidate  *candidate = lfirst(lc);
@@ -372,16 +376,16 @@ dispatch(void)
 			continue;
 		if (is_unable(candidate))
 			any_unable = true;
-		else if (!start_executor(owner, &no_process) && ask_for_place(owner))
-			starved = true;
+		else if (!start_executor(owner, &no_process) && ask_for_place(owner) && n_waiting < lengthof(waiting))
+			waiting[n_waiting++] = ObjectIdGetDatum(owner);
 	}
 	/* once per condition: again only when it had cleared for a while */
-	if (starved && redrive_max_workers > 0 && now - starved_at > CLEARED_US)
+	if (n_waiting > 0 && redrive_max_workers > 0 && now - starved_at > CLEARED_US)
 		ereport(LOG,
 				(errmsg("pg_redrive has work of a role but no free executor for it"),
 				 errdetail("redrive.max_workers is %d, max_worker_processes %d.", redrive_max_workers, max_worker_processes),
 				 errhint("Work goes on when an executor is free; increase the settings if this is frequent.")));
-	if (starved)
+	if (n_waiting > 0)
 		starved_at = now;
 	LWLockAcquire(redrive_shared->lock, LW_EXCLUSIVE);
 	own_entry->errors = 0;
@@ -396,7 +400,7 @@ dispatch(void)
 	(void) redrive_column(0, "ms", &isnull);
 	if (isnull || ms > TICK_MS)
 		ms = TICK_MS;
-	if (starved || no_process || any_unable || is_held_back(InvalidOid, now))
+	if (n_waiting > 0 || no_process || any_unable || is_held_back(InvalidOid, now))
 		ms = Min(ms, 1000);
 	return (long) Max(ms + 1, 1);
 }
