@@ -97,6 +97,10 @@ $$;
 -- been due longest; of a batch an orphaned chunk first.  Returns no row when
 -- there is nothing to do.  The batch row is locked to the end of the caller's
 -- (short) transaction; batches that another session has locked are skipped.
+-- A claim waits for nobody: not for a user who changes a handler, nor for claimers
+-- of a handler with max_workers, who would wait for each other if they had to
+-- look at several.  If the locked ones are all there is, a row without a chunk
+-- says that there is more.
 -- p_workers: how many workers may share a batch, so that none takes all of it.
 -- p_callbacks: return a row of NULLs when callbacks or builds are due, which come before any chunk.
 CREATE FUNCTION redrive._claim(p_owner oid, p_pid int, p_started_at timestamptz, p_workers int, p_callbacks boolean)
@@ -112,6 +116,7 @@ DECLARE
     c redrive.chunks;
     n bigint;
     v_due bigint[];
+    v_locked boolean := false;
 BEGIN
     FOR cand IN
         SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
@@ -124,7 +129,11 @@ BEGIN
         END IF;
         SELECT * INTO h FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id;
         IF h.max_workers IS NOT NULL THEN
-            PERFORM FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id FOR NO KEY UPDATE;
+            PERFORM FROM redrive.handlers AS x WHERE x.handler_id = cand.handler_id FOR NO KEY UPDATE SKIP LOCKED;
+            IF NOT FOUND THEN
+                v_locked := true;
+                CONTINUE;
+            END IF;
             CONTINUE WHEN h.max_workers <= (SELECT count(*) FROM redrive.chunks AS r WHERE r.handler_id = h.handler_id AND r.state = 'running');
         END IF;
 
@@ -196,6 +205,10 @@ BEGIN
             c.done_to, c.to_no, c.items, c.lease_token, c.rescue_count, b.keyed, c.items >= 1000;
         RETURN;
     END LOOP;
+    IF v_locked THEN
+        more := true;
+        RETURN NEXT;
+    END IF;
 END
 $$;
 

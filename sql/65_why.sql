@@ -354,13 +354,21 @@ BEGIN
         v_blocked := true;
         RETURN NEXT;
     END LOOP;
-    -- a claim passes over a batch whose row is locked: by whom is in its xmax
+    -- a claim passes over a batch whose row is locked, by whom is in its xmax; and over a handler that it cannot lock to count its
+    -- workers, whose xmax does not tell when a subtransaction has changed it
     FOR fact, detail, remedy IN
         SELECT 'blocked by a lock', 'The batch is being changed by ' || k.detail, k.remedy
         FROM redrive.batches AS x
         JOIN pg_locks AS l ON l.locktype = 'transactionid' AND l.transactionid = x.xmax AND l.mode = 'ExclusiveLock' AND l.granted
         CROSS JOIN LATERAL redrive._blockers(p_caller, ARRAY[coalesce(l.pid, 0)]) AS k
         WHERE x.batch_id = b.batch_id AND l.pid IS DISTINCT FROM pg_backend_pid()
+        UNION ALL
+        SELECT 'blocked by a lock', format('The workers of handler "%s" cannot be counted if it is being changed by %s', h.name, k.detail), k.remedy
+        FROM pg_locks AS l
+        CROSS JOIN LATERAL redrive._blockers(p_caller, ARRAY[coalesce(l.pid, 0)]) AS k
+        WHERE h.max_workers IS NOT NULL AND l.relation = 'redrive.handlers'::regclass AND l.mode = 'RowExclusiveLock'
+          AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+          AND l.pid IS DISTINCT FROM pg_backend_pid()
     LOOP
         v_blocked := true;
         RETURN NEXT;

@@ -132,8 +132,9 @@ read_handler(RedriveChunk *chunk)
  * frees all of it.  more tells whether other workers could help.  hint: a batch
  * that is ready, 0 = search.  callbacks: in, whether to look for due callbacks
  * too; out, whether they come first.  Returns NULL when nothing is due, or
- * callbacks are.  Needs a non-atomic connection; a new transaction is open
- * afterwards.
+ * callbacks are, or with more when what is due is of handlers that others have
+ * locked: they will not say when they let go.  Needs a non-atomic connection; a
+ * new transaction is open afterwards.
  */
 RedriveChunk *
 redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *callbacks)
@@ -143,6 +144,7 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 	MemoryContext cxt;
 	bool		isnull;
 	bool		hinted;
+	uint64		rows;
 	const bool	look_for_callbacks = *callbacks;
 
 	values[0] = ObjectIdGetDatum(owner);
@@ -159,7 +161,9 @@ redrive_claim(Oid owner, int64 hint, MemoryContext parent, bool *more, bool *cal
 		values[3] = Int32GetDatum(Max(redrive_max_workers, 1));
 		values[4] = BoolGetDatum(*callbacks);
 		*callbacks = false;
-		if (redrive_sql(&claim_chunk, values, NULL) == 0)
+		rows = redrive_sql(&claim_chunk, values, NULL);
+		*more = rows > 0 && redrive_bool(0, "more");
+		if (rows == 0 || (*more && redrive_int64(0, "chunk_id") == 0))
 		{
 			redrive_commit();
 			return NULL;

@@ -413,11 +413,11 @@ run_or_give_back(RedriveChunk *chunk, RedriveSlot *slot, TimestampTz deadline)
  * Claim one chunk for the handlers of a role and run it, or run its callbacks.
  *
  * Needs a non-atomic connection with nothing to lose in the transaction that
- * is open; another one is open afterwards.  Returns false when nothing is due.
- * Resets cxt, which holds everything of the turn, and the connection: afterwards
- * CurrentMemoryContext is that of the new one.
+ * is open; another one is open afterwards.  Resets cxt, which holds everything
+ * of the turn, and the connection: afterwards CurrentMemoryContext is that of
+ * the new one.
  */
-bool
+RedriveTurn
 redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampTz deadline)
 {
 	int64		hint = slot->hint;
@@ -455,5 +455,5 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 	redrive_disconnect();
 	redrive_connect_nonatomic();
 	MemoryContextReset(cxt);
-	return worked;
+	return worked ? TURN_WORKED : more ? TURN_LOCKED : TURN_IDLE;
 }

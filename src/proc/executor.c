@@ -71,11 +71,14 @@ fix_settings(void)
 	SetConfigOption("application_name", "redrive executor", PGC_USERSET, PGC_S_SESSION);
 }
 
-/* Run what is due; false when nothing was. */
-static bool
+/*
+ * Run what is due.  Returns TURN_LOCKED if something is left that others have
+ * locked, else whether something was due.
+ */
+static RedriveTurn
 work_once(RedriveSlot *slot, MemoryContext cxt)
 {
-	bool		worked = false;
+	RedriveTurn result = TURN_IDLE;
 
 	redrive_worker_begin();
 	pgstat_report_activity(STATE_RUNNING, "redrive: look for work");
@@ -83,15 +86,21 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 	{
 		for (;;)
 		{
+			RedriveTurn turn;
+
 			/*
 			 * Say that we are idle, then look: a commit before that is seen
 			 * by the look, one after it finds an idle executor to wake.
 			 */
 			slot->state = SLOT_IDLE;
 			pg_memory_barrier();
-			if (must_leave(slot) || !redrive_execute_next(slot, slot->owner, cxt, 0))
+			if (must_leave(slot))
 				break;
-			worked = true;
+			turn = redrive_execute_next(slot, slot->owner, cxt, 0);
+			if (turn != TURN_IDLE)
+				result = turn;
+			if (turn != TURN_WORKED)
+				break;
 			if (ConfigReloadPending)
 				reload_settings(slot);
 		}
@@ -99,7 +108,7 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 	else
 		slot->leave = true;
 	redrive_worker_end();
-	return worked;
+	return result;
 }
 
 /* Main function of an executor process; arg is its slot. */
@@ -131,17 +140,20 @@ redrive_executor_main(Datum arg)
 
 	while (!must_leave(slot))
 	{
+		RedriveTurn turn;
+
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
 			reload_settings(slot);
-		if (work_once(slot, cxt))
+		turn = work_once(slot, cxt);
+		if (turn != TURN_IDLE)
 			idle_since = GetCurrentTimestamp();
 		if (TimestampDifferenceExceeds(idle_since, GetCurrentTimestamp(), redrive_worker_idle_timeout))
 			break;
 		if (slot->state != SLOT_IDLE)
 			continue;			/* woken while we looked */
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 Max(redrive_worker_idle_timeout, 1), wait_event);
+						 turn == TURN_LOCKED ? LOCKED_NAP_MS : Max(redrive_worker_idle_timeout, 1), wait_event);
 		ResetLatch(MyLatch);
 	}
 	slot->clean_exit = true;

@@ -112,15 +112,20 @@ redrive_work(PG_FUNCTION_ARGS)
 		}
 		for (;;)
 		{
+			RedriveTurn turn = TURN_IDLE;
+
 			CHECK_FOR_INTERRUPTS();
 			if (deadline != 0 && GetCurrentTimestamp() >= deadline)
 				break;
-			if (redrive_enabled && redrive_execute_next(slot, GetUserId(), cxt, deadline))
+			if (redrive_enabled)
+				turn = redrive_execute_next(slot, GetUserId(), cxt, deadline);
+			if (turn == TURN_WORKED)
 				continue;
-			if (until_idle)
+			if (until_idle && turn == TURN_IDLE)
 				break;
 			slot->state = SLOT_IDLE;
-			(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, WORK_NAP_MS, wait_event);
+			(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+							 turn == TURN_LOCKED ? LOCKED_NAP_MS : WORK_NAP_MS, wait_event);
 			ResetLatch(MyLatch);
 			slot->state = SLOT_CLAIMING;
 		}

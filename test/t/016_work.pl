@@ -42,6 +42,21 @@ is($node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT item) FROM effe
 is($node->safe_psql('postgres', "SELECT batch_id FROM redrive.batch_progress \\gset\nCALL redrive.wait(:batch_id);"), 'finished', 'wait() tells the state of an ended batch');
 verified_ok($node, 'first');
 
+# --- a handler with max_workers is being changed: work() waits for that, its work is due
+#
+# Seen red: with a work() that ends when it finds nothing but a locked handler.
+my $changer = $node->background_psql('postgres');
+$node->safe_psql('postgres', "SELECT redrive.alter_handler('work', max_workers => 1)");
+$changer->query_safe("BEGIN; SELECT redrive.alter_handler('work', max_workers => 2)");
+$node->psql('postgres', "SELECT redrive.submit('work', ARRAY['1', '2']::jsonb[], label => 'locked')");
+my $waiter = IPC::Run::start([ 'psql', '-X', '-d', $node->connstr('postgres'), '-c', 'CALL redrive.work()' ], '<' => \undef, '>' => \$out, '2>' => \$err);
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query = 'CALL redrive.work()' AND wait_event IN ('RedriveWork', 'Extension')", '1'), 'work() waits for who changes the handler');
+$changer->query_safe('ROLLBACK');
+$waiter->finish;
+$changer->quit;
+is($node->safe_psql('postgres', "SELECT state FROM redrive.batch_progress WHERE label = 'locked'"), 'finished', '... and does its work');
+$node->safe_psql('postgres', "SELECT redrive.alter_handler('work', unset => ARRAY['max_workers'])");
+
 # --- the session that works is killed: the next one takes over
 set_gate($node, 'item 50', 0);
 $node->safe_psql('postgres', 'DELETE FROM effects');

@@ -124,10 +124,10 @@ $node->safe_psql('postgres', "ROLLBACK PREPARED 'pause'; CALL redrive.run_pass('
 $node->safe_psql('postgres', "SELECT redrive.alter_handler('a')");
 batch_is($node, 'changed');
 
-# --- somebody changes the handler: a worker cannot even claim
+# --- somebody changes the handler: its workers cannot be counted
 $session->query_safe("BEGIN; SELECT redrive.alter_handler('a one', max_retries => 1)");
 submit('a one', 'no claim', 1);
-says('no claim', 'blocked by a lock', "looks for work of role alice, and waits for pid $locker .*alter_handler", "pg_terminate_backend.$locker", 'a worker waits for a lock while it looks for work');
+says('no claim', 'blocked by a lock', "^The workers of handler .a one. cannot be counted if it is being changed by pid $locker .*alter_handler", "pg_terminate_backend.$locker", 'somebody changes a handler with max_workers');
 $session->query_safe('ROLLBACK');
 batch_is($node, 'no claim');
 
