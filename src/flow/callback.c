@@ -26,14 +26,23 @@
 #define CALLBACK_DELAY_MAX_US INT64CONST(3600000000)
 #define CALLBACKS_AT_ONCE 50
 
+/*
+ * The handler whose callback has been due longest comes first.  Per handler, as
+ * only then what is due longest is found by the index, however many there are.
+ */
 static RedriveSql due_callbacks = {
 	"SELECT k.callback_id, k.kind = 'on_finish' AS on_finish, k.key, k.batch_id, k.run_no, k.failures,"
 	" (extract(epoch FROM h.item_timeout) * 1000000)::bigint AS item_timeout,"
 	" CASE k.kind WHEN 'on_finish' THEN h.on_finish ELSE h.on_unlock END AS function"
-	" FROM redrive.callbacks AS k JOIN redrive.handlers AS h ON h.handler_id = k.handler_id"
-	" WHERE h.owner = $1 AND NOT h.paused AND k.next_attempt_at <= clock_timestamp()"
-	" ORDER BY k.next_attempt_at LIMIT $2 FOR UPDATE OF k SKIP LOCKED",
-	2, {OIDOID, INT4OID}
+	" FROM (SELECT x.*, f.next_attempt_at FROM redrive.handlers AS x CROSS JOIN LATERAL ("
+	"   SELECT y.next_attempt_at FROM redrive.callbacks AS y"
+	"   WHERE y.handler_id = x.handler_id AND y.next_attempt_at <= $3 ORDER BY y.next_attempt_at LIMIT 1) AS f"
+	"  WHERE x.owner = $1 AND NOT x.paused ORDER BY f.next_attempt_at) AS h"
+	" CROSS JOIN LATERAL ("
+	"  SELECT y.* FROM redrive.callbacks AS y WHERE y.handler_id = h.handler_id AND y.next_attempt_at <= $3"
+	"  ORDER BY y.next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED) AS k"
+	" LIMIT $2",
+	3, {OIDOID, INT4OID, TIMESTAMPTZOID}
 };
 
 static RedriveSql delete_callback = {
@@ -88,12 +97,13 @@ run_callback(Callback *callback)
 bool
 redrive_run_due_callbacks(RedriveSlot *slot, Oid owner)
 {
-	Datum		values[2];
+	Datum		values[3];
 	uint64		rows;
 	Callback   *callbacks;
 
 	values[0] = ObjectIdGetDatum(owner);
 	values[1] = Int32GetDatum(CALLBACKS_AT_ONCE);
+	values[2] = TimestampTzGetDatum(GetCurrentTimestamp());
 	rows = redrive_sql(&due_callbacks, values, NULL);
 	if (rows == 0)
 		return false;

@@ -45,6 +45,9 @@
 /* A chunk that takes longer than this is given back for others to share. */
 #define MAX_CHUNK_US INT64CONST(4000000)
 
+/* Callbacks come before any chunk, but after so much time with them chunks have a turn. */
+#define MAX_CALLBACKS_US INT64CONST(1000000)
+
 /*
  * Return how many items the next segment gets: long enough to be cheap, short
  * enough that a failure wastes little.
@@ -423,21 +426,32 @@ redrive_execute_next(RedriveSlot *slot, Oid owner, MemoryContext cxt, TimestampT
 	int64		hint = slot->hint;
 	bool		worked = false;
 	bool		more = false;
-	bool		callbacks = true;
+	static TimestampTz callbacks_since = 0; /* no chunk since then, 0 = the
+											 * last turn was a chunk's */
+	const bool	chunk_first = callbacks_since != 0 && GetCurrentTimestamp() - callbacks_since > MAX_CALLBACKS_US;
+	bool		callbacks = !chunk_first;
 	RedriveChunk *chunk;
 
 	redrive_arm_stop();
 	MemoryContextSwitchTo(cxt);
 	slot->hint = 0;
 	chunk = redrive_claim(owner, hint, cxt, &more, &callbacks);
-	if (callbacks)
+	if (callbacks || (chunk_first && chunk == NULL))
 	{
+		TimestampTz now = GetCurrentTimestamp();
+
 		worked = redrive_run_due_callbacks(slot, owner) || redrive_run_due_builds(slot, owner);
+		if (callbacks_since == 0 || chunk_first)
+			callbacks_since = now;
 		/* another worker has taken them: look for something else */
-		callbacks = false;
-		if (!worked)
+		if (!worked && callbacks)
+		{
+			callbacks = false;
 			chunk = redrive_claim(owner, 0, cxt, &more, &callbacks);
+		}
 	}
+	if (chunk != NULL || !worked)
+		callbacks_since = 0;
 	if (chunk != NULL)
 	{
 		worked = true;

@@ -164,3 +164,16 @@ CALL redrive.work();
 SELECT * FROM progress WHERE label = 'deferred';
 SELECT * FROM callbacks;
 SELECT * FROM broken;
+
+-- Many callbacks do not hold up all other work: a chunk has a turn in between.  Those of a turn take more than a second here.
+--
+-- Seen red: without MAX_CALLBACKS_US in redrive_execute_next.
+CREATE TABLE turns (n int GENERATED ALWAYS AS IDENTITY, what text);
+CREATE FUNCTION note_item(payload jsonb) RETURNS void LANGUAGE sql AS $$ INSERT INTO scratch.turns (what) VALUES ('item') $$;
+CREATE FUNCTION note_unlock(key text) RETURNS void LANGUAGE sql AS $$ SELECT pg_sleep(0.025); INSERT INTO scratch.turns (what) VALUES ('callback') $$; -- slow handler
+SELECT redrive.create_handler('turns', 'note_item', on_unlock => 'note_unlock');
+SELECT redrive.submit('turns', array_agg('{}'::jsonb), array_agg('t' || i), label => 'unlocks') > 0 AS submitted FROM generate_series(1, 60) AS i;
+SELECT redrive.cancel_batch(batch('unlocks'));
+SELECT redrive.submit('turns', ARRAY['{}']::jsonb[], label => 'in between') > 0 AS submitted;
+CALL redrive.work();
+SELECT min(n) FILTER (WHERE what = 'item') AS item, count(*) FILTER (WHERE what = 'callback') AS callbacks FROM turns;
