@@ -25,19 +25,23 @@
  * No push is changed or locked by a claim: what is claimed stands in push_claims, and
  * $7 are those that have been, so that they are not taken again.  The version that is sent is
  * that of the task as this statement sees it, with the body of the same row: if a newer
- * one is wanted by then, the record finds out.
+ * one is wanted by then, the record finds out.  When there is not room for all, each
+ * owner gets one, then each a second one, and so on.
  */
 static RedriveSql claim_pushes = {
 	.lookups = true,
 	.text =
 	"WITH due AS MATERIALIZED ("
-	" SELECT d.push_id, d.task_id, d.push_key, w.platform_id, w.config_version, w.probe, w.built, w.lease_until FROM ("
-	"  SELECT z.*, p.config_version, $5 + p.lease AS lease_until FROM unnest($1, $2, $3, $4) AS z (platform_id, room, probe, built)"
-	"  JOIN redrive.platforms AS p ON p.platform_id = z.platform_id AND NOT p.paused) AS w"
-	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key FROM redrive.pushes AS x"
-	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
-	"  AND x.push_id NOT IN (SELECT unnest($7))"
-	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d LIMIT $8),"
+	" SELECT o.* FROM ("
+	"  SELECT w.*, d.*, row_number() OVER (PARTITION BY w.owner ORDER BY w.n, d.next_attempt_at) AS nth FROM ("
+	"   SELECT z.*, p.owner, p.config_version, $5 + p.lease AS lease_until"
+	"   FROM unnest($1, $2, $3, $4, $9) WITH ORDINALITY AS z (platform_id, room, probe, built, owner_room, n)"
+	"   JOIN redrive.platforms AS p ON p.platform_id = z.platform_id AND NOT p.paused) AS w"
+	"  CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key, x.next_attempt_at FROM redrive.pushes AS x"
+	"   WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
+	"   AND x.push_id NOT IN (SELECT unnest($7))"
+	"   ORDER BY x.next_attempt_at LIMIT w.room) AS d) AS o"
+	" WHERE o.nth <= o.owner_room ORDER BY o.nth, o.n LIMIT $8),"
 	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.version, c.body FROM due AS d"
 	"  CROSS JOIN LATERAL ("
 	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN"
@@ -50,7 +54,7 @@ static RedriveSql claim_pushes = {
 	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
 	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id"
 	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id",
-	.nargs = 8,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID}
+	.nargs = 9,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID, INT4ARRAYOID}
 };
 
 /* $2 are those that have been claimed. */
@@ -106,7 +110,48 @@ under_way(Platform **platforms, int n, List *claimed)
 }
 
 /*
- * Claim what is due, at most room in all and what each platform has room for.
+ * Return how much of room may be taken by who has own already.
+ *
+ * He has at most seven times what he leaves to others then: one alone gets seven eighths
+ * of all, n who want more than that 7 / (7n + 1) each, and how many they are need not be
+ * known.  Who has nothing may take the last.
+ */
+static int
+fair_room(int own, int room)
+{
+	const int	least = own == 0 && room > 0 ? 1 : 0;
+
+	return Max((7 * room - own) / 8, least);
+}
+
+/* Share out what may be under way among the owners, and of each among its platforms. */
+static void
+share_out(List *platforms)
+{
+	int			room = redrive_push_max_in_flight;
+	ListCell   *lc;
+
+	foreach(lc, platforms)
+		((Platform *) lfirst(lc))->owner->in_flight = 0;
+	foreach(lc, platforms)
+	{
+		Platform   *p = lfirst(lc);
+
+		p->owner->in_flight += p->in_flight;
+		room -= p->in_flight;
+	}
+	foreach(lc, platforms)
+	{
+		Platform   *p = lfirst(lc);
+
+		p->owner->room = fair_room(p->owner->in_flight, room);
+		p->share = p->in_flight + fair_room(p->in_flight, p->owner->room);
+	}
+}
+
+/*
+ * Claim what is due, at most room in all and what each owner and platform has room for; if
+ * alone is not NULL, for that platform only.
  *
  * Returns a list of Claimed in the current context, which has to outlive the
  * transaction.  It has to be committed before anything is sent, and then the list
@@ -114,50 +159,41 @@ under_way(Platform **platforms, int n, List *claimed)
  * loaded: what was claimed may have been recorded together with that.
  */
 List *
-redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
+redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, bool *outdated)
 {
 	static int	first = 0;
 	const TimestampTz now = GetCurrentTimestamp();
 	MemoryContext result_cxt = CurrentMemoryContext;
-	int			n_active = 0;
-	int			share;
 	int			n = 0;
 	int			size = Max(list_length(platforms), 1);
 	Datum	   *ids = palloc(size * sizeof(Datum));
 	Datum	   *rooms = palloc(size * sizeof(Datum));
+	Datum	   *owner_rooms = palloc(size * sizeof(Datum));
 	Datum	   *probes = palloc(size * sizeof(Datum));
 	Datum	   *built = palloc(size * sizeof(Datum));
 	Platform  **asked = palloc(size * sizeof(Platform *));
-	Datum		values[8];
+	Datum		values[9];
 	PushClaim  *claim = NULL;
 	List	   *claimed = NIL;
 	ListCell   *lc;
 	uint64		rows;
 
 	*outdated = false;
-	foreach(lc, platforms)
-		if (!((Platform *) lfirst(lc))->paused)
-		n_active++;
-
-	/*
-	 * nobody gets so much that nothing is left for another, one that is new
-	 * too
-	 */
-	share = Min(redrive_push_max_in_flight / Max(n_active, 1), redrive_push_max_in_flight - redrive_push_max_in_flight / 8);
+	share_out(platforms);
 	for (int i = 0; i < list_length(platforms); i++)
 	{
 		/* each time another comes first: there may not be room for all */
 		Platform   *p = list_nth(platforms, (i + first) % list_length(platforms));
 		int			own;
 
-		p->share = Max(share, 1);
 		own = redrive_room_of(p, now);
 		p->asked = 0;
-		if (own <= 0 || !p->more_due)
+		if (own <= 0 || !p->more_due || (alone != NULL && p != alone))
 			continue;
 		p->asked = own;
 		ids[n] = Int32GetDatum(p->platform_id);
 		rooms[n] = Int32GetDatum(own);
+		owner_rooms[n] = Int32GetDatum(p->owner->room);
 		probes[n] = BoolGetDatum(p->breaker == BREAKER_HALF_OPEN);
 		built[n] = BoolGetDatum(p->has_build);
 		asked[n] = p;
@@ -174,6 +210,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 	values[5] = Int64GetDatum(pusher);
 	values[6] = under_way(asked, n, NIL);
 	values[7] = Int32GetDatum(room);
+	values[8] = redrive_array(INT4OID, n, owner_rooms, NULL);
 	/* a large body that was built is stored out of line */
 	PushActiveSnapshot(GetTransactionSnapshot());
 	rows = redrive_sql(&claim_pushes, values, NULL);
@@ -202,6 +239,7 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 		push->started_at = now;
 		*outdated |= redrive_int64(row, "config_version") != push->platform->config_version;
 		push->platform->asked--;
+		push->platform->owner->room--;
 		c->push = push;
 		c->id = redrive_text(row, "id", result_cxt);
 		c->body = redrive_text(row, "body", result_cxt);
@@ -214,8 +252,12 @@ redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated)
 	}
 	/* who gave less than was asked for has no more, if there was room for all */
 	foreach(lc, platforms)
-		if (((Platform *) lfirst(lc))->asked > 0 && rows < room)
-		((Platform *) lfirst(lc))->more_due = false;
+	{
+		Platform   *p = lfirst(lc);
+
+		if (p->asked > 0 && p->owner->room > 0 && rows < room)
+			p->more_due = false;
+	}
 	redrive_free_rows();
 	PopActiveSnapshot();
 	return claimed;
@@ -312,6 +354,7 @@ redrive_next_push(List *platforms, List *claimed)
 
 	foreach(lc, claimed)
 		((Claimed *) lfirst(lc))->push->platform->in_flight++;
+	share_out(platforms);
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);

@@ -26,10 +26,19 @@ typedef enum BreakerState
 	BREAKER_HALF_OPEN			/* a few probes are -> CLOSED, OPEN */
 } BreakerState;
 
+/* A role that has platforms. */
+typedef struct PushOwner
+{
+	Oid			role;
+	int			in_flight;		/* requests to all its platforms */
+	int			room;			/* how many more there may be */
+} PushOwner;
+
 /* A platform: its configuration, and what the pusher has learned about it. */
 typedef struct Platform
 {
 	int32		platform_id;
+	PushOwner  *owner;
 	MemoryContext cxt;			/* of its configuration */
 	char	   *name;
 	int64		config_version;
@@ -88,7 +97,8 @@ typedef struct Platform
 								 * platform's */
 	int			asked;			/* how many the claim asked for, less what it
 								 * got */
-	int			share;			/* of what may be under way in all */
+	int			share;			/* how many may be under way, for others need
+								 * room */
 	TimestampTz ready_at;		/* when it may be claimed for */
 } Platform;
 
@@ -143,7 +153,7 @@ typedef struct Claimed
 /* push.c */
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
-extern List *redrive_claim_pushes(List *platforms, int room, int64 pusher, bool *outdated);
+extern List *redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, bool *outdated);
 extern void redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);

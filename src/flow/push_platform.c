@@ -25,7 +25,7 @@
 #define OUR_HEADERS 8
 
 static RedriveSql load_platforms = {
-	"SELECT p.platform_id, p.name, p.config_version, p.paused, p.build IS NOT NULL AS has_build, p.success_when IS NOT NULL AS has_success_when,"
+	"SELECT p.platform_id, p.owner, p.name, p.config_version, p.paused, p.build IS NOT NULL AS has_build, p.success_when IS NOT NULL AS has_success_when,"
 	" p.method::text AS method, p.url, p.headers, p.allow_http, ARRAY(SELECT c::text FROM unnest(p.allow_cidr) AS c) AS allow,"
 	" (extract(epoch FROM p.timeout) * 1000)::int8 AS timeout_ms, (extract(epoch FROM p.connect_timeout) * 1000)::int8 AS connect_timeout_ms,"
 	" extract(epoch FROM p.retry_interval)::float8 AS retry_interval_s, p.permanent_status, p.max_in_flight, coalesce(p.rate_limit, 0) AS rate_limit,"
@@ -77,6 +77,26 @@ float_of(int row, const char *name)
 	bool		isnull;
 
 	return DatumGetFloat8(redrive_column(row, name, &isnull));
+}
+
+/* Return the only struct of an owner, which lives in cxt for good. */
+static PushOwner *
+owner_of(Oid role, MemoryContext cxt)
+{
+	static List *owners = NIL;
+	MemoryContext old_cxt;
+	PushOwner  *owner;
+	ListCell   *lc;
+
+	foreach(lc, owners)
+		if (((PushOwner *) lfirst(lc))->role == role)
+		return lfirst(lc);
+	old_cxt = MemoryContextSwitchTo(cxt);
+	owner = palloc0(sizeof(PushOwner));
+	owner->role = role;
+	owners = lappend(owners, owner);
+	MemoryContextSwitchTo(old_cxt);
+	return owner;
 }
 
 /*
@@ -205,6 +225,7 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 		{
 			p = MemoryContextAllocZero(cxt, sizeof(Platform));
 			p->platform_id = id;
+			p->owner = owner_of(DatumGetObjectId(redrive_column(row, "owner", &isnull)), cxt);
 			p->limit = FIRST_LIMIT;
 			dlist_init(&p->claimed);
 		}

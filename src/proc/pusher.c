@@ -243,7 +243,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		}
 		MemoryContextSwitchTo(claim_cxt);
 		if (room > 0)
-			claimed = redrive_claim_pushes(alone != NULL ? list_make1(alone) : platforms, alone != NULL ? 1 : room, pusher, &outdated);
+			claimed = redrive_claim_pushes(platforms, alone, alone != NULL ? 1 : room, pusher, &outdated);
 		if (outdated)
 			platforms = redrive_load_platforms(platforms, pusher_cxt);
 		/* without room, requests that end will tell */
