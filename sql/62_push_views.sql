@@ -98,16 +98,24 @@ LANGUAGE sql STABLE AS $$
     FROM redrive.pushes AS u
     JOIN redrive.platforms AS p ON p.platform_id = u.platform_id
     JOIN redrive.platform_states AS s ON s.platform_id = p.platform_id
-    CROSS JOIN LATERAL (SELECT count(*) AS n FROM redrive._in_flight AS f WHERE f.platform_id = p.platform_id) AS sent
-    CROSS JOIN LATERAL (SELECT current_setting('redrive.push_max_in_flight')::int AS most, (SELECT count(*) FROM redrive.platforms AS x WHERE NOT x.paused) AS platforms) AS m
+    CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE f.platform_id = p.platform_id) AS n, count(*) FILTER (WHERE x.owner = p.owner) AS of_role,
+            7 * (current_setting('redrive.push_max_in_flight')::int - count(*)) AS left_to_others
+        FROM redrive._in_flight AS f JOIN redrive.platforms AS x ON x.platform_id = f.platform_id
+    ) AS sent
     CROSS JOIN LATERAL (
         SELECT l.what || ' reached' AS fact, format('%s requests to platform "%s" are under way, of %s at most.', sent.n, p.name, l.most) AS detail, l.remedy
         FROM (VALUES
             ('max_in_flight of the platform', p.max_in_flight::bigint, format('wait; or SELECT redrive.alter_platform(%L, max_in_flight => ...);', p.name)),
-            ('share of redrive.push_max_in_flight', greatest(least(m.most / m.platforms, m.most - m.most / 8), 1),
-                'wait; or ALTER SYSTEM SET redrive.push_max_in_flight = ...; SELECT pg_reload_conf();'),
             ('limit of the platform', s.in_flight_limit, 'wait: it is halved by time-outs, and grows with each push that is delivered')) AS l (what, most, remedy)
         WHERE sent.n >= l.most
+        UNION ALL
+        SELECT 'share of redrive.push_max_in_flight reached',
+            format('%s requests of role %s are under way, %s of them to platform "%s"; a role may take seven eighths of what others leave, and a platform seven eighths of that.',
+                sent.of_role, p.owner, sent.n, p.name),
+            'wait; or ALTER SYSTEM SET redrive.push_max_in_flight = ...; SELECT pg_reload_conf();'
+        WHERE CASE WHEN sent.of_role = 0 THEN sent.left_to_others <= 0
+                   ELSE sent.left_to_others - sent.of_role < 8 OR (sent.n > 0 AND 7 * ((sent.left_to_others - sent.of_role) / 8) - sent.n < 8) END
         UNION ALL
         SELECT 'rate_limit of the platform', format('No more than %s requests per second are sent to it.', p.rate_limit),
             format('wait; or SELECT redrive.alter_platform(%L, rate_limit => ...);', p.name)

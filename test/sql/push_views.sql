@@ -93,7 +93,10 @@ SELECT platform_id, 1, false, now(), now() + interval '1 min', ARRAY[push('task 
 SELECT fact, detail, remedy FROM why('task 3') WHERE fact <> 'the pusher is not running';
 UPDATE redrive.platforms SET max_in_flight = 3;
 UPDATE redrive.platform_states SET in_flight_limit = 2;
-SELECT count(redrive.create_platform('other ' || i, 'https://other.example/')) FROM generate_series(1, 63) AS i;
+SELECT fact, detail, remedy FROM why('task 1') WHERE fact <> 'the pusher is not running';
+UPDATE redrive.platforms SET max_in_flight = 1000;
+UPDATE redrive.platform_states SET in_flight_limit = NULL;
+UPDATE redrive.push_claims SET push_ids = array_fill(push('task 2'), ARRAY[98]), versions = array_fill(1::bigint, ARRAY[98]);
 SELECT fact, detail, remedy FROM why('task 1') WHERE fact <> 'the pusher is not running';
 ROLLBACK TO sent;
 
