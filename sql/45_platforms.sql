@@ -258,6 +258,12 @@ DECLARE
     v_kind redrive.secret_kind;
     v_wrong text;
 BEGIN
+    -- one at a time: each lists what the others have set
+    PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'platform "%" does not exist', p_name USING ERRCODE = '42704',
+            DETAIL = 'It was dropped a moment ago.', HINT = 'Create it with redrive.create_platform().';
+    END IF;
     IF p_kind IS NULL OR p_kind <> ALL (enum_range(NULL::redrive.secret_kind)::text[]) THEN
         RAISE EXCEPTION 'invalid value for "kind"' USING ERRCODE = '22023', HINT = format('Valid kinds are: %s.', array_to_string(enum_range(NULL::redrive.secret_kind), ', '));
     END IF;
