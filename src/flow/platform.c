@@ -59,14 +59,22 @@ redrive_alter_platform(PG_FUNCTION_ARGS)
  *
  * Before anything else the statement, which may have the secret in it, is taken
  * out of where others could read it: pg_stat_activity, and the log if there is
- * an error.
+ * an error.  Callers in PL/pgSQL and the like would add it as the context of
+ * each message, so they are not asked.
  */
 Datum
 redrive_set_platform_secret(PG_FUNCTION_ARGS)
 {
+	ErrorContextCallback *callers = error_context_stack;
+	Datum		result;
+
 	debug_query_string = "SELECT redrive.set_platform_secret(...)";
 	pgstat_report_activity(STATE_RUNNING, debug_query_string);
-	return redrive_as_owner(fcinfo);
+	error_context_stack = NULL;
+	result = redrive_as_owner(fcinfo);
+	/* after an error, who catches it puts back its own */
+	error_context_stack = callers;
+	return result;
 }
 
 /* An interval as microseconds; a month has 30 days. */

@@ -68,6 +68,17 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.attach_task_source('pg_class', 'oid', 'relname')$$)
 ) AS x (statement) CROSS JOIN LATERAL fails(x.statement) AS f;
 SELECT platform FROM redrive.platform_health;
+-- A secret is not in the context that callers add to an error.  Seen red: without error_context_stack in redrive_set_platform_secret().
+DO $$
+DECLARE
+    v_context text;
+BEGIN
+    PERFORM redrive.set_platform_secret('crm', 'basic', 'not_shown');
+EXCEPTION WHEN invalid_parameter_value THEN
+    GET STACKED DIAGNOSTICS v_context = PG_EXCEPTION_CONTEXT;
+    RAISE NOTICE '%, secret in the context: %', SQLERRM, v_context ~ 'not_shown';
+END
+$$;
 
 -- Of another role nothing can be seen or touched.
 SET SESSION AUTHORIZATION regress_push_b;
