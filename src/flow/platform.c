@@ -145,7 +145,7 @@ redrive__task_source(PG_FUNCTION_ARGS)
 					 " (SELECT pg_catalog.row_number() OVER () AS n, (r.%s)::pg_catalog.text AS key, (r.%s)::pg_catalog.text AS status, ",
 					 quote_identifier(args[0]), quote_identifier(args[1]));
 	if (nargs == 3)
-		appendStringInfoString(&text, "pg_catalog.to_jsonb(r)");
+		appendStringInfoString(&text, "pg_catalog.to_jsonb(r.*)");
 	else
 	{
 		appendStringInfoString(&text, "pg_catalog.jsonb_build_object(");

@@ -128,6 +128,13 @@ SELECT task_key, state, wanted_status FROM redrive.push_status WHERE task_key ~ 
 SELECT redrive.detach_task_source('forms');
 UPDATE forms SET state = 'after';
 SELECT count(*) FROM redrive.task_status WHERE status = 'after';
+-- The payload is the row, whatever its columns are called.  Seen red: with to_jsonb(r) it was the column r.
+BEGIN;
+CREATE TABLE letters (s text PRIMARY KEY, t text, r int, redrive_rows int);
+SELECT redrive.attach_task_source('letters', 's', 't');
+INSERT INTO letters VALUES ('letter', 'new', 7, 8);
+SELECT task_key, status, payload FROM redrive.task_status WHERE task_key = 'letter';
+ROLLBACK;
 
 -- A new platform gets what changed within its window; the pass gives up what is older, and what nobody will tell of.
 RESET SESSION AUTHORIZATION;
