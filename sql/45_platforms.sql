@@ -93,10 +93,6 @@ DECLARE
     v_constraint text;
     v_column text;
 BEGIN
-    IF EXISTS (SELECT FROM redrive.platforms WHERE name = p_name) THEN
-        RAISE EXCEPTION 'platform "%" already exists', p_name USING ERRCODE = '42710',
-            HINT = 'Change it with redrive.alter_platform(), or choose another name.';
-    END IF;
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_platform(p_caller, p_url, p_allow_http, p_headers, p_allow_cidr);
     PERFORM redrive._warn_of_port(p_url, p_allow_cidr);
@@ -109,6 +105,9 @@ BEGIN
     PERFORM redrive._plan_platform(v_id, now());
     PERFORM redrive._wake_pusher(), redrive._wake_builder(p_caller);
 EXCEPTION
+    WHEN unique_violation THEN
+        RAISE EXCEPTION 'platform "%" already exists', p_name USING ERRCODE = '42710',
+            HINT = 'Change it with redrive.alter_platform(), or choose another name.';
     WHEN check_violation THEN
         GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
         PERFORM redrive._bad_platform(v_constraint);
