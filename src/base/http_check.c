@@ -61,6 +61,7 @@ redrive_check_url(const char *url, bool allow_http)
 	char	   *user = NULL;
 	char	   *password = NULL;
 	char	   *fragment = NULL;
+	char	   *port = NULL;
 	const char *detail = NULL;
 	const char *hint = "Give an address like https://example.com/path.";
 
@@ -94,10 +95,13 @@ redrive_check_url(const char *url, bool allow_http)
 	}
 	else if (curl_url_get(parts, CURLUPART_FRAGMENT, &fragment, 0) == CURLUE_OK)
 		detail = "It has a fragment, which is never sent.";
+	else if (curl_url_get(parts, CURLUPART_PORT, &port, 0) == CURLUE_OK && atoi(port) == 0)
+		detail = "Its port is 0, which nothing listens on.";
 	curl_free(scheme);
 	curl_free(user);
 	curl_free(password);
 	curl_free(fragment);
+	curl_free(port);
 	curl_url_cleanup(parts);
 	if (detail != NULL)
 		bad_url(detail, hint);

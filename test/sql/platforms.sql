@@ -28,6 +28,7 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.create_platform('x', 'https:///x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'https://u:secret@x.example/')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/#a')$$),
+    ($$SELECT redrive.create_platform('x', 'https://x.example:0/')$$),
     ($$SELECT redrive.create_platform('x', E'https://x.example/\r\nHost: y')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/' || repeat('x', 2000))$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', method => 'TRACE')$$),
