@@ -106,6 +106,10 @@ BEGIN
     PERFORM redrive._wake_pusher(), redrive._wake_builder(p_caller);
 EXCEPTION
     WHEN unique_violation THEN
+        GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
+        IF v_constraint <> 'platforms_name_key' THEN
+            RAISE;
+        END IF;
         RAISE EXCEPTION 'platform "%" already exists', p_name USING ERRCODE = '42710',
             HINT = 'Change it with redrive.alter_platform(), or choose another name.';
     WHEN check_violation THEN
