@@ -48,10 +48,6 @@ DECLARE
     v_constraint text;
     v_column text;
 BEGIN
-    IF EXISTS (SELECT FROM redrive.handlers WHERE name = p_name) THEN
-        RAISE EXCEPTION 'handler "%" already exists', p_name USING ERRCODE = '42710',
-            HINT = 'Change it with redrive.alter_handler(), or choose another name.';
-    END IF;
     INSERT INTO redrive.handlers (
         name, kind, owner, function, signature, max_retries, retry_delay, retry_factor, retry_delay_max,
         stale_after, start_timeout, retry_window, item_timeout, isolation, commit_interval,
@@ -61,6 +57,9 @@ BEGIN
         p_stale_after, p_start_timeout, p_retry_window, p_item_timeout, p_isolation, p_commit_interval,
         p_max_workers, p_tolerated_failures, p_on_unlock, p_on_finish, p_notify);
 EXCEPTION
+    WHEN unique_violation THEN
+        RAISE EXCEPTION 'handler "%" already exists', p_name USING ERRCODE = '42710',
+            HINT = 'Change it with redrive.alter_handler(), or choose another name.';
     WHEN check_violation THEN
         GET STACKED DIAGNOSTICS v_constraint = CONSTRAINT_NAME;
         PERFORM redrive._bad_policy(v_constraint);

@@ -31,10 +31,10 @@ PG_FUNCTION_INFO_V1(redrive__check_url);
 PG_FUNCTION_INFO_V1(redrive__check_headers);
 PG_FUNCTION_INFO_V1(redrive__unlisted_port);
 
-/* Headers that libcurl or the protocol set; those of ours begin with webhook-. */
+/* Headers that we, libcurl or the protocol set. */
 static const char *const reserved[] = {
 	"connection", "content-length", "expect", "host", "http2-settings", "keep-alive", "te", "trailer", "transfer-encoding",
-	"upgrade",
+	"upgrade", "webhook-id", "webhook-sequence", "webhook-signature", "webhook-timestamp",
 };
 
 static void
@@ -156,7 +156,7 @@ check_header(const char *name, const char *value, bool allow_secret)
 	if (!is_token(name))
 		bad_header(name, "Its name has a character that names of headers may not have.");
 	for (int i = 0; i < lengthof(reserved); i++)
-		if (pg_strcasecmp(name, reserved[i]) == 0 || pg_strncasecmp(name, "webhook-", 8) == 0)
+		if (pg_strcasecmp(name, reserved[i]) == 0)
 			bad_header(name, "It is set by pg_redrive or by the protocol.");
 	if (pg_strncasecmp(name, "proxy-", 6) == 0)
 		bad_header(name, "It is for proxies.");

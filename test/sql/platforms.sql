@@ -38,7 +38,6 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"A": "b\r\nHost: c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"Host": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"Webhook-Id": "c"}')$$),
-    ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"Webhook-Other": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"a": "b", "A": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"authorization": "Bearer secret"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', timeout => '1 h 1 s')$$),
