@@ -34,7 +34,7 @@ static const char *const settings[][2] = {
 	{"enable_seqscan", "off"},
 	{"plan_cache_mode", "force_generic_plan"},
 	{"jit", "off"},
-	{"max_parallel_workers_per_gather", "0"},
+	{"parallel_setup_cost", "1e100"},
 };
 
 /* And of those that look single rows up. */

@@ -53,7 +53,7 @@ is($node->safe_psql('postgres', "SELECT coalesce(redrive._next_due((SELECT min(s
 
 # Nor does what the planner expects of functions start parallel workers for one item.
 #
-# Seen red: without max_parallel_workers_per_gather in src/base/spi_call.c two of them start at each settle().
+# Seen red: without parallel_setup_cost in src/base/spi_call.c two of them start at each settle().
 my $log_at = -s $node->logfile;
 $node->safe_psql('postgres', q{
 LOAD 'auto_explain';
