@@ -33,9 +33,10 @@ CREATE TABLE redrive.handlers (
     CONSTRAINT handlers_retry_delay_check CHECK (retry_delay >= interval '0' AND retry_delay <= interval '100 years'),
     CONSTRAINT handlers_retry_factor_check CHECK (retry_factor BETWEEN 1 AND 100),
     CONSTRAINT handlers_retry_delay_max_check CHECK (retry_delay_max >= interval '0' AND retry_delay_max <= interval '100 years'),
-    CONSTRAINT handlers_stale_after_check CHECK (stale_after > interval '0'),
-    CONSTRAINT handlers_start_timeout_check CHECK (start_timeout > interval '0'),
-    CONSTRAINT handlers_retry_window_check CHECK (retry_window > interval '0'),
+    -- these are added to times: years less days can be short and still lead out of what a timestamp holds
+    CONSTRAINT handlers_stale_after_check CHECK (stale_after > interval '0' AND stale_after <= interval '100 years' AND least(extract(year FROM stale_after), extract(day FROM stale_after), extract(hour FROM stale_after)) >= 0),
+    CONSTRAINT handlers_start_timeout_check CHECK (start_timeout > interval '0' AND start_timeout <= interval '100 years' AND least(extract(year FROM start_timeout), extract(day FROM start_timeout), extract(hour FROM start_timeout)) >= 0),
+    CONSTRAINT handlers_retry_window_check CHECK (retry_window > interval '0' AND retry_window <= interval '100 years' AND least(extract(year FROM retry_window), extract(day FROM retry_window), extract(hour FROM retry_window)) >= 0),
     CONSTRAINT handlers_item_timeout_check CHECK (item_timeout >= interval '1 ms' AND item_timeout <= interval '20 days'),
     CONSTRAINT handlers_commit_interval_check CHECK (commit_interval BETWEEN interval '1 ms' AND interval '1 hour'),
     CONSTRAINT handlers_max_workers_check CHECK (max_workers > 0),

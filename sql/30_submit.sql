@@ -14,7 +14,7 @@ CREATE FUNCTION redrive.submit(handler text, payloads jsonb[], keys text[] DEFAU
     priority int DEFAULT 0, label text DEFAULT NULL, idempotency_key text DEFAULT NULL) RETURNS bigint
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_submit';
 COMMENT ON FUNCTION redrive.submit IS
-'Submit a sealed batch, one item per payload, and return its batch_id. keys: the application''s own identifiers, NULL elements allowed; each key is locked until its item is final. run_at: not before this time. priority: higher first. With an idempotency_key that was used before for this handler the earlier batch_id is returned and nothing is submitted. Errors: 42704 unknown handler, 42501 not yours, 22004 NULL payload, 22023 empty or arrays of different length, 55P03 key locked by another batch.';
+'Submit a sealed batch, one item per payload, and return its batch_id. keys: the application''s own identifiers, NULL elements allowed; each key is locked until its item is final. run_at: not before this time. priority: higher first. With an idempotency_key that was used before for this handler the earlier batch_id is returned and nothing is submitted. Errors: 42704 unknown handler, 42501 not yours, 22004 NULL payload, 22023 empty, arrays of different length or run_at out of range, 55P03 key locked by another batch.';
 
 CREATE FUNCTION redrive.submit_query(handler text, query text, run_at timestamptz DEFAULT NULL,
     priority int DEFAULT 0, label text DEFAULT NULL, idempotency_key text DEFAULT NULL) RETURNS bigint

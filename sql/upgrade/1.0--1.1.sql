@@ -47,3 +47,19 @@ ALTER TABLE redrive.pushes
     ADD CONSTRAINT pushes_state_check CHECK (state <> 'in_flight');
 DROP FUNCTION redrive._report_table(text, text);
 DROP FUNCTION redrive._split(redrive.chunks, bigint);
+-- a pass adds them to times, and for all roles at once
+DO $$
+DECLARE
+    c text;
+    v_mixed text;
+BEGIN
+    FOREACH c IN ARRAY ARRAY['stale_after', 'start_timeout', 'retry_window'] LOOP
+        v_mixed := format('least(extract(year FROM %1$I), extract(day FROM %1$I), extract(hour FROM %1$I))', c);
+        EXECUTE format('UPDATE redrive.handlers SET %1$I = CASE WHEN %1$I > ''100 years'' THEN ''100 years'' ELSE justify_interval(%1$I) END WHERE %1$I > ''100 years'' OR %2$s < 0', c, v_mixed);
+        EXECUTE format('ALTER TABLE redrive.handlers DROP CONSTRAINT handlers_%1$s_check, ADD CONSTRAINT handlers_%1$s_check CHECK (%1$I > interval ''0'' AND %1$I <= interval ''100 years'' AND %2$s >= 0)', c, v_mixed);
+    END LOOP;
+END
+$$;
+UPDATE redrive.batches
+SET run_at = now() + interval '10000 years', serve_after = least(serve_after, now() + interval '10000 years')
+WHERE run_at > now() + interval '10000 years';

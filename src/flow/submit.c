@@ -26,6 +26,8 @@
 #include "flow/block.h"
 
 #define FETCH_ROWS 1000
+/* 10000 years: '9999-12-31' may mean never, and passes add up to 100 years */
+#define RUN_AT_MAX_AHEAD_US (INT64CONST(3652425) * USECS_PER_DAY)
 
 PG_FUNCTION_INFO_V1(redrive_submit);
 PG_FUNCTION_INFO_V1(redrive_submit_query);
@@ -147,11 +149,14 @@ resolve_handler(Submission *submission)
 	submission->external = redrive_bool(0, "external");
 	submission->notify = redrive_bool(0, "notify");
 	check_member(submission->owner, psprintf("handler \"%s\"", name));
-	if (!submission->run_at_isnull && TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(submission->run_at)))
+	if (!submission->run_at_isnull &&
+		(TIMESTAMP_IS_NOBEGIN(DatumGetTimestampTz(submission->run_at)) ||
+		 DatumGetTimestampTz(submission->run_at) > GetCurrentTimestamp() + RUN_AT_MAX_AHEAD_US))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("run_at must be a finite time"),
-				 errhint("Use redrive.open_batch() to prepare a batch without a time.")));
+				 errmsg("run_at is out of range"),
+				 errdetail("It is \"%s\".", DatumGetCString(DirectFunctionCall1(timestamptz_out, submission->run_at))),
+				 errhint("Give a time within the next 10000 years; redrive.open_batch() prepares a batch without a time.")));
 }
 
 /*
@@ -332,19 +337,13 @@ redrive_send(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("delay and run_at cannot both be given"),
 				 errhint("Give one of them.")));
-	submission.run_at_isnull = true;
+	submission.run_at_isnull = PG_ARGISNULL(3) && PG_ARGISNULL(4);
 	if (!PG_ARGISNULL(4))
-	{
 		submission.run_at = PG_GETARG_DATUM(4);
-		submission.run_at_isnull = false;
-	}
 	else if (!PG_ARGISNULL(3))
-	{
 		submission.run_at = DirectFunctionCall2(timestamptz_pl_interval,
 												TimestampTzGetDatum(GetCurrentTimestamp()),
 												PG_GETARG_DATUM(3));
-		submission.run_at_isnull = false;
-	}
 	payload = PointerGetDatum(PG_DETOAST_DATUM(PG_GETARG_DATUM(1)));
 	key = key_isnull ? (Datum) 0 : PointerGetDatum(PG_GETARG_TEXT_PP(2));
 	PG_RETURN_INT64(submit_items(&submission, 1, &payload, &key, &key_isnull));

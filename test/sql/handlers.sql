@@ -127,21 +127,26 @@ FROM (VALUES
     (4, 'retry_delay', '''-1 ms'''), (5, 'retry_delay', '''101 years'''),
     (6, 'retry_factor', '0.99'), (7, 'retry_factor', '100.01'), (8, 'retry_factor', '''NaN'''), (9, 'retry_factor', 'NULL'),
     (10, 'retry_delay_max', '''-1 ms'''), (11, 'retry_delay_max', '''101 years'''), (12, 'retry_delay_max', 'NULL'),
-    (13, 'stale_after', '''0'''), (14, 'stale_after', 'NULL'),
-    (15, 'start_timeout', '''0'''), (16, 'start_timeout', 'NULL'),
-    (17, 'retry_window', '''0'''), (18, 'retry_window', 'NULL'),
+    (13, 'stale_after', '''0'''), (13, 'stale_after', '''101 years'''), (14, 'stale_after', 'NULL'),
+    (15, 'start_timeout', '''0'''), (15, 'start_timeout', '''101 years'''), (16, 'start_timeout', 'NULL'),
+    (17, 'retry_window', '''0'''), (17, 'retry_window', '''101 years'''), (18, 'retry_window', 'NULL'),
     (19, 'item_timeout', '''0.9 ms'''), (20, 'item_timeout', '''21 days'''),
     (21, 'isolation', 'NULL'),
     (22, 'commit_interval', '''0.9 ms'''), (23, 'commit_interval', '''61 min'''), (24, 'commit_interval', 'NULL'),
     (25, 'max_workers', '0'), (26, 'tolerated_failures', '-1')
 ) AS v (place, argument, value)
 CROSS JOIN LATERAL fails(format('SELECT redrive.create_handler(''h'', ''f_payload'', %I => %s)', v.argument, v.value)) WITH ORDINALITY AS f (answer, line)
-ORDER BY v.place, f.line;
+ORDER BY v.place, v.value DESC, f.line;
+-- Each of these is a day when compared, and no time it can be added to.
+SELECT s AS setting, v AS value, (SELECT f FROM fails(format('SELECT redrive.alter_handler(''payload'', %I => %L)', s, v)) AS f LIMIT 1) AS answer
+FROM unnest(ARRAY['stale_after', 'start_timeout', 'retry_window']) AS s,
+    unnest(ARRAY['1000000 years -359999999 days', '106751990 days -2562047736 hours', '-290000 years 104400001 days']) AS v
+ORDER BY s, v;
 SELECT redrive.create_handler('lowest', 'f_payload', max_retries => 0, retry_delay => '0', retry_factor => 1, retry_delay_max => '0',
     stale_after => '1 us', start_timeout => '1 us', retry_window => '1 us', item_timeout => '1 ms', commit_interval => '1 ms',
     max_workers => 1, tolerated_failures => 0);
 SELECT redrive.create_handler('highest', 'f_payload', max_retries => 1000, retry_delay => '100 years', retry_factor => 100,
-    retry_delay_max => '100 years', item_timeout => '20 days', commit_interval => '1 hour', max_workers => 2147483647, tolerated_failures => 2147483647);
+    retry_delay_max => '100 years', stale_after => '100 years', start_timeout => '100 years', retry_window => '100 years', item_timeout => '20 days', commit_interval => '1 hour', max_workers => 2147483647, tolerated_failures => 2147483647);
 SELECT count(*) FROM redrive.handlers WHERE name IN ('lowest', 'highest');
 -- The lowest settings work; one millisecond may be too short for an item.
 SELECT redrive.alter_handler('lowest', unset => ARRAY['item_timeout']);

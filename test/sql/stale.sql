@@ -68,6 +68,18 @@ CALL redrive.work();
 SELECT * FROM redrive.stale_batches_at('2100-01-01');
 SELECT * FROM broken;
 
+-- Whatever a user may ask for, the passes can add it up.
+-- Seen red: without the limit of run_at, or of a setting, nothing is listed: timestamp out of range.
+SELECT redrive.create_handler('far', 'take', stale_after => '100 years', start_timeout => '100 years', retry_window => '100 years');
+SELECT redrive.submit('far', ARRAY['1']::jsonb[], run_at => date_trunc('day', now()) + interval '10000 years', label => 'far ahead') > 0 AS submitted;
+SELECT redrive.open_batch('far', run_at => '4713-01-01 BC', label => 'long ago') > 0 AS opened;
+SELECT p.label, s.reason, s.since - p.run_at AS since FROM redrive.stale_batches_at('infinity') AS s JOIN redrive.batch_progress AS p USING (batch_id) WHERE s.reason = 'never_started' ORDER BY s.batch_id;
+SELECT fails($$SELECT redrive.submit('far', ARRAY['1']::jsonb[], run_at => now() + interval '10001 years')$$) AS answer LIMIT 1;
+SELECT fails($$SELECT redrive.alter_handler('far', start_timeout => '178000000 years')$$) AS answer LIMIT 1;
+SELECT * FROM do_pass('rescue_stale', now());
+SELECT redrive.cancel_batch(batch(l)) FROM unnest(ARRAY['far ahead', 'long ago']) AS l;
+SELECT redrive.drop_handler('far');
+
 -- unsealed: open and not filled for an hour; the pass cancels it.
 SELECT redrive.open_batch('h', label => 'unsealed') > 0 AS opened;
 SELECT redrive.add_items(batch('unsealed'), ARRAY['1', '2']::jsonb[], ARRAY['u1', 'u2']);

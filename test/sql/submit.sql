@@ -77,6 +77,7 @@ SELECT fails($$SELECT redrive.submit('h', ARRAY[['1', '2'], ['3', '4']]::jsonb[]
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1', '2']::jsonb[], ARRAY[['a'], ['b']])$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => 'infinity')$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '-infinity')$$);
+SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '294276-12-31 23:30+00')$$);
 SELECT fails(format('SELECT redrive.submit(''h'', ARRAY[''1'']::jsonb[], ARRAY[%L])', repeat('x', 1025)));
 SELECT fails(format('SELECT redrive.send(''h'', ''1'', %L)', repeat('é', 513)));
 -- The longest key works, and so does one that the index could compress.

@@ -104,15 +104,25 @@ SQL
 	my $rights = q{SELECT count(*) FROM pg_proc WHERE pronamespace = 'redrive'::regnamespace AND proname NOT LIKE '\_%' AND has_function_privilege('clerk', oid, 'EXECUTE')};
 	my $before = $sql->($rights);
 	like($sql->('SELECT remedy FROM redrive.doctor()'), qr/ALTER EXTENSION pg_redrive UPDATE/, "from $release: doctor() tells that it is due");
+	# what a release allowed and no pass can add up.  Seen red: without the UPDATE of batches, timestamp out of range
+	$sql->(<<'SQL');
+SET SESSION AUTHORIZATION clerk;
+SELECT redrive.create_handler('far', 'approve', start_timeout => '178000000 years', stale_after => '1000000 years -359999999 days', retry_window => '24 h');
+SELECT redrive.submit('far', ARRAY['[1]']::jsonb[], label => 'far');
+RESET SESSION AUTHORIZATION;
+UPDATE redrive.batches SET run_at = '294276-12-31 23:30', serve_after = '294276-12-31 23:30' WHERE label = 'far';
+SQL
 	# rights that would come to whatever is new
 	$sql->('ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO planted; ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO planted');
 	$sql->('ALTER EXTENSION pg_redrive UPDATE');
 	unlike($sql->('SELECT remedy FROM redrive.doctor()'), qr/UPDATE/, 'and not any more');
+	is($sql->(q{SELECT start_timeout, stale_after, retry_window FROM redrive.handlers WHERE name = 'far'}), '100 years|1 day|24:00:00', 'settings have limits');
+	is($sql->(q{SELECT reason FROM redrive.stale_batches_at('infinity') WHERE handler = 'far'}), 'never_started', 'and batches a time that can be added to');
 	cmp_ok($sql->($rights), '>=', $before, 'rights were kept');
 	is($sql->(q{SELECT count(*) FROM pg_class WHERE relacl::text LIKE '%planted%'}) . $sql->(q{SELECT count(*) FROM pg_proc WHERE proacl::text LIKE '%planted%'}), '00', 'nobody got rights on what is new');
 	$sql->("SELECT redrive.grant_user('clerk'), redrive.grant_monitor('watcher')");
 	$sql->("SET SESSION AUTHORIZATION clerk; CALL redrive.work(); UPDATE forms SET state = 'done'");
-	is($sql->('SELECT string_agg(succeeded::text, $$,$$ ORDER BY batch_id) FROM mine'), '1,2', 'what waited was done, and the view of a user works');
+	is($sql->('SELECT string_agg(succeeded::text, $$,$$ ORDER BY batch_id) FROM mine'), '1,2,0', 'what waited was done, and the view of a user works');
 	is($sql->(q{SELECT count(*) FILTER (WHERE state = 'failed'), count(*) FILTER (WHERE state = 'waiting') FROM redrive.failed_items}), '2|0', 'failures are there')
 	  or diag($sql->('SELECT item_no, state, sqlstate FROM redrive.failed_items'));
 	is($sql->('SELECT status, version FROM redrive.task_status'), 'done|2', 'the source of tasks works');
