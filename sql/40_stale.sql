@@ -165,7 +165,7 @@ CROSS JOIN LATERAL (
     WHERE b.failed_from IS NOT NULL
       AND EXISTS (
         SELECT FROM redrive.failures AS f
-        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting' AND f.next_attempt_at IS NULL AND f.retry_count < b.max_retries)
+        WHERE f.part = b.part AND f.batch_id = b.batch_id AND f.state = 'waiting' AND f.next_attempt_at IS NULL)
     UNION ALL
     SELECT 'overdue_retry', d.due, k.wake, d.due + interval '1 min', NULL
     FROM (
@@ -285,9 +285,10 @@ BEGIN
             PERFORM redrive._fold(p_batch_id);
             v_count := 1;
         WHEN 'failed_recently' THEN
+            -- max_retries was asked when they failed: what waits has its retry
             UPDATE redrive.failures
             SET next_attempt_at = v_due
-            WHERE part = b.part AND batch_id = b.batch_id AND state = 'waiting' AND next_attempt_at IS NULL AND retry_count < h.max_retries;
+            WHERE part = b.part AND batch_id = b.batch_id AND state = 'waiting' AND next_attempt_at IS NULL;
             GET DIAGNOSTICS v_count = ROW_COUNT;
             UPDATE redrive.batches
             SET state = 'running', run_no = run_no + 1, attempted_at = NULL, next_retry_at = v_due, last_progress_at = clock_timestamp()

@@ -185,7 +185,7 @@ LANGUAGE sql STABLE AS $$
         WHERE f.later > 0
         UNION ALL
         SELECT 'waiting for the pass retry_failed',
-            format('%s items failed and wait for a pass, as handler "%s" has no retry_delay. %s', f.for_pass, h.name, redrive._pass_runs('retry_failed')),
+            format('%s items failed and wait for a pass, as handler "%s" had no retry_delay when they failed. %s', f.for_pass, h.name, redrive._pass_runs('retry_failed')),
             'CALL redrive.run_pass(''retry_failed''); and to have it called: SELECT * FROM redrive.schedule_passes();'
         WHERE f.for_pass > 0
         UNION ALL

@@ -230,6 +230,24 @@ SELECT redrive.is_locked('pass', 'f1') AS locked;
 SELECT * FROM around('failed', :t, '24 h');
 SELECT * FROM broken;
 
+-- max_retries is asked when an item fails.  What waits has its retry, by the pass
+-- or by its time, also when there were none any more for it.
+-- Seen red: with a look at max_retries in the pass, "by pass" waits in vain.
+SELECT redrive.create_handler('lowered', 'take', retry_delay => NULL);
+SELECT redrive.submit('lowered', ARRAY['"fail"']::jsonb[], ARRAY['l1'], label => 'by pass') > 0 AS submitted;
+CALL redrive.work();
+SELECT redrive.alter_handler('lowered', retry_delay => '1 h');
+SELECT redrive.submit('lowered', ARRAY['"fail"']::jsonb[], ARRAY['l2'], label => 'by time') > 0 AS submitted;
+CALL redrive.work();
+SELECT redrive.alter_handler('lowered', max_retries => 0);
+SELECT fact, regexp_replace(detail, ' It ran last .*', '') AS detail FROM redrive.why(batch('by pass')) WHERE fact LIKE 'waiting%';
+SELECT * FROM do_pass('retry_failed', now());
+UPDATE redrive.failures SET next_attempt_at = now() WHERE batch_id = batch('by time');
+UPDATE redrive.batches SET next_retry_at = now() WHERE label = 'by time';
+CALL redrive.work();
+SELECT p.label, p.state, f.state AS item, f.reason, f.attempts, redrive.is_locked('lowered', f.key) AS locked FROM redrive.batch_progress AS p JOIN redrive.failed_items AS f USING (batch_id) WHERE p.handler = 'lowered' ORDER BY 1;
+SELECT * FROM broken;
+
 -- overdue_retry: due a minute ago and not run.
 SELECT redrive.submit('h', ARRAY['"fail"', '2']::jsonb[], label => 'overdue') > 0 AS submitted;
 CALL redrive.work();
