@@ -183,7 +183,7 @@ BEGIN
     RETURNING * INTO b;
     IF v_held IS NOT NULL THEN
         INSERT INTO redrive.canaries (batch_id, run_no, items, needed, held)
-        VALUES (p_batch_id, b.run_no, v_item_nos, ceil(round((v_count * p_canary_ratio)::numeric, 6)), v_held)
+        VALUES (p_batch_id, b.run_no, v_item_nos, greatest(ceil(round((v_count * p_canary_ratio)::numeric, 6)), 1), v_held)
         ON CONFLICT (batch_id) DO UPDATE
         SET run_no = excluded.run_no, items = excluded.items, needed = excluded.needed, held = excluded.held, decided_at = NULL, released = NULL;
     END IF;

@@ -261,6 +261,14 @@ UPDATE redrive.item_blocks SET payloads = ARRAY['"x"', '"x"', '"x"', '"x"', '"r"
 CALL redrive.work();
 SELECT * FROM progress WHERE label = 'tolerated';
 
+-- However small the part, one has to succeed.
+CALL ten('least', '"x"');
+CALL redrive.work();
+SELECT redrive.redrive(batch('least'), canary => 1, canary_ratio => 1e-7);
+CALL redrive.work();
+SELECT fact, detail FROM why('least');
+SELECT run_no, failed FROM redrive.batch_progress WHERE label = 'least';
+
 -- Bad values change nothing.
 SELECT x.* FROM unnest(ARRAY['canary => 0', 'canary => -1', 'canary => 1, canary_ratio => 0', 'canary => 1, canary_ratio => 1.01', 'canary => 1, canary_ratio => NULL', 'canary => 1, canary_ratio => ''NaN''']) WITH ORDINALITY AS a (args, n),
     LATERAL fails(format('SELECT redrive.redrive(%s, %s)', batch('bad'), args)) WITH ORDINALITY AS x (answer, line) ORDER BY a.n, x.line;
