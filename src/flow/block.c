@@ -107,6 +107,20 @@ redrive_flush_block(BlockWriter *writer)
 	writer->has_key = false;
 }
 
+/* Refuse a key that is too long for its index; what = the name it has for the user. */
+void
+redrive_check_key(text * key, const char *what)
+{
+	Size		bytes = VARSIZE_ANY_EXHDR(key);
+
+	if (bytes > MAX_KEY_BYTES)
+		ereport(ERROR,
+				(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+				 errmsg("%s is too long", what),
+				 errdetail("It has %zu bytes, the limit is %d.", bytes, MAX_KEY_BYTES),
+				 errhint("Use a shorter identifier, for example a digest of the long one.")));
+}
+
 /*
  * Add an item.  The datums must stay valid until the block is stored.
  */
@@ -117,15 +131,8 @@ redrive_add_item(BlockWriter *writer, Datum payload, Datum key, bool key_isnull)
 
 	if (!key_isnull)
 	{
-		Size		key_bytes = VARSIZE_ANY_EXHDR(DatumGetPointer(key));
-
-		if (key_bytes > MAX_KEY_BYTES)
-			ereport(ERROR,
-					(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
-					 errmsg("key is too long"),
-					 errdetail("It has %zu bytes, the limit is %d.", key_bytes, MAX_KEY_BYTES),
-					 errhint("Use a shorter identifier, for example a digest of the long one.")));
-		bytes += key_bytes + VARHDRSZ;
+		redrive_check_key((text *) DatumGetPointer(key), "key");
+		bytes += VARSIZE_ANY_EXHDR(DatumGetPointer(key)) + VARHDRSZ;
 	}
 	if (writer->items == BLOCK_ITEMS || (writer->items > 0 && writer->bytes + bytes > BLOCK_BYTES))
 		redrive_flush_block(writer);

@@ -31,6 +31,7 @@ typedef struct BlockWriter
 
 extern BlockWriter *redrive_block_writer(int16 part, int64 batch_id, int64 items_before);
 extern void redrive_flush_block(BlockWriter *writer);
+extern void redrive_check_key(text * key, const char *what);
 extern void redrive_add_item(BlockWriter *writer, Datum payload, Datum key, bool key_isnull);
 extern void redrive_lock_keys(BlockWriter *writer, int32 handler_id, int64 first_no);
 

@@ -297,6 +297,8 @@ common_arguments(FunctionCallInfo fcinfo, Submission *submission, int first)
 	submission->priority = PG_ARGISNULL(first + 1) ? 0 : PG_GETARG_INT32(first + 1);
 	submission->label = PG_ARGISNULL(first + 2) ? NULL : PG_GETARG_TEXT_PP(first + 2);
 	submission->idempotency_key = PG_ARGISNULL(first + 3) ? NULL : PG_GETARG_TEXT_PP(first + 3);
+	if (submission->idempotency_key != NULL)
+		redrive_check_key(submission->idempotency_key, "idempotency_key");
 }
 
 /* SQL: submit(handler, payloads, keys, run_at, priority, label, idempotency_key) */

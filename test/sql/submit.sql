@@ -80,9 +80,12 @@ SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '-infin
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '294276-12-31 23:30+00')$$);
 SELECT fails(format('SELECT redrive.submit(''h'', ARRAY[''1'']::jsonb[], ARRAY[%L])', repeat('x', 1025)));
 SELECT fails(format('SELECT redrive.send(''h'', ''1'', %L)', repeat('é', 513)));
+SELECT fails(format('SELECT redrive.submit(''h'', ARRAY[''1'']::jsonb[], idempotency_key => %L)', repeat('é', 513)));
+SELECT fails(format('SELECT redrive.submit_query(''h'', ''nonsense'', idempotency_key => %L)', (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 1000) AS i)));
+SELECT fails(format('SELECT redrive.open_batch(''h'', idempotency_key => %L)', repeat('x', 1025)));
 -- The longest key works, and so does one that the index could compress.
 SELECT redrive.submit('h', ARRAY['1', '2']::jsonb[],
-    ARRAY[(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 32) AS i), repeat('x', 1024)], label => 'long keys') > 0 AS submitted;
+    ARRAY[(SELECT string_agg(md5(i::text), '') FROM generate_series(1, 32) AS i), repeat('x', 1024)], label => 'long keys', idempotency_key => repeat('x', 1024)) > 0 AS submitted;
 CALL redrive.work();
 SELECT item_no, length(key) FROM done WHERE batch_id = batch('long keys') ORDER BY item_no;
 SELECT * FROM progress WHERE label = 'long keys';
