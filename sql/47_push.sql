@@ -56,6 +56,40 @@ BEGIN
 END
 $$;
 
+-- A platform of this role with bodies to be built, and their pushes, the oldest first.  Nobody else
+-- builds for it until the transaction ends.  What somebody has locked is left out: it could not be
+-- recorded.  To find out it is locked here, too, and let go.
+CREATE FUNCTION redrive._free_builds(p_owner oid, p_as_of timestamptz, p_limit int, OUT platform redrive.platforms, OUT push_ids bigint[])
+LANGUAGE plpgsql AS $$
+BEGIN
+    FOR platform IN
+        SELECT p.* FROM redrive.platforms AS p
+        WHERE p.owner = p_owner AND p.build IS NOT NULL AND NOT p.paused AND EXISTS (
+            SELECT FROM redrive.pushes AS u
+            WHERE u.platform_id = p.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= p_as_of)
+        ORDER BY p.platform_id
+    LOOP
+        BEGIN
+            CONTINUE WHEN NOT redrive._lock_pass('build ' || platform.platform_id);
+            SELECT array_agg(x.push_id) INTO push_ids
+            FROM (
+                SELECT u.push_id
+                FROM redrive.pushes AS u
+                WHERE u.platform_id = platform.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= p_as_of
+                ORDER BY u.next_attempt_at
+                LIMIT p_limit
+                FOR NO KEY UPDATE SKIP LOCKED) AS x;
+            RAISE EXCEPTION 'unlock the pushes' USING ERRCODE = 'RD000';
+        EXCEPTION WHEN SQLSTATE 'RD000' THEN
+            IF push_ids IS NOT NULL AND redrive._lock_pass('build ' || platform.platform_id) THEN
+                RETURN;
+            END IF;
+        END;
+    END LOOP;
+    push_ids := NULL;
+END
+$$;
+
 CREATE FUNCTION redrive._redrive_push(p_caller oid, p_platform text, p_task_key text) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -748,6 +748,7 @@ COMMENT ON FUNCTION redrive._check_task IS 'Raise an error about a task';
 COMMENT ON FUNCTION redrive._task_source IS 'Trigger of attach_task_source()';
 COMMENT ON FUNCTION redrive._retry_delay IS 'Time from an attempt to the next';
 COMMENT ON FUNCTION redrive._reap_pushes IS 'End attempts of which nobody will tell any more';
+COMMENT ON FUNCTION redrive._free_builds IS 'A platform of a role with bodies to be built, and their pushes';
 COMMENT ON FUNCTION redrive._redrive_push IS 'Body of redrive_push()';
 COMMENT ON FUNCTION redrive._plan_platform IS 'Plan pushes that a platform has not, give up those that are too old';
 COMMENT ON FUNCTION redrive._push_tasks(timestamptz, timestamptz) IS 'Body of the pass push_tasks';

@@ -33,25 +33,18 @@
 /* Commit what was made after so long. */
 #define BUILD_INTERVAL_US 250000
 
-/* One executor at a time builds for a platform. */
-static RedriveSql lock_platform = {
-	"SELECT p.platform_id::int8 AS platform_id, p.name, p.build, p.config_version FROM ("
-	" SELECT x.platform_id, x.name, x.build, x.config_version FROM redrive.platforms AS x"
-	" WHERE x.owner = $1 AND x.build IS NOT NULL AND NOT x.paused AND EXISTS (SELECT FROM redrive.pushes AS u"
-	"  WHERE u.platform_id = x.platform_id AND u.awaits_build AND u.state IN ('pending', 'waiting') AND u.next_attempt_at <= $2) OFFSET 0) AS p"
-	" WHERE redrive._lock_pass('build ' || p.platform_id) LIMIT 1",
-	2, {OIDOID, TIMESTAMPTZOID}
+static RedriveSql free_builds = {
+	"SELECT (b.platform).platform_id::int8 AS platform_id, (b.platform).name, (b.platform).build, (b.platform).config_version, b.push_ids"
+	" FROM redrive._free_builds($1, $2, $3) AS b WHERE b.push_ids IS NOT NULL",
+	3, {OIDOID, TIMESTAMPTZOID, INT4OID}
 };
 
-static RedriveSql due_builds = {
+static RedriveSql tasks_of_pushes = {
 	.lookups = true,
 	.text =
 	"SELECT u.push_id, t.version, ROW(t.task_key, t.status, t.version, t.process, t.payload, t.created_at, t.changed_at)::redrive.task AS task"
-	" FROM (SELECT x.push_id, x.task_id FROM redrive.pushes AS x"
-	"  WHERE x.platform_id = $1 AND x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $2"
-	"  ORDER BY x.next_attempt_at LIMIT $3) AS u"
-	" CROSS JOIN LATERAL (SELECT z.* FROM redrive.tasks AS z WHERE z.task_id = u.task_id OFFSET 0) AS t",
-	.nargs = 3,.argtypes = {INT4OID, TIMESTAMPTZOID, INT4OID}
+	" FROM unnest($1) AS n (push_id) JOIN redrive.pushes AS u ON u.push_id = n.push_id JOIN redrive.tasks AS t ON t.task_id = u.task_id",
+	.nargs = 1,.argtypes = {INT8ARRAYOID}
 };
 
 /*
@@ -65,8 +58,10 @@ static RedriveSql keep_platform = {
 
 /*
  * $1 number, $2 version, $3 body, $4 error; $5 now.  A failure is an attempt like
- * any other.  What is not wanted any more is left alone.  The states are told by those
- * it must not have, lest the index of what is due is taken for the way to each row.
+ * any other.  What is not wanted any more is left alone, and what somebody has locked
+ * is made again: an application may want next what we have locked.  The states are
+ * told by those it must not have, lest the index of what is due is taken for the way
+ * to each row.
  */
 static RedriveSql record_builds = {
 	.lookups = true,
@@ -78,7 +73,7 @@ static RedriveSql record_builds = {
 	" JOIN redrive.pushes AS u ON u.push_id = n.push_id"
 	" JOIN redrive.platforms AS p ON p.platform_id = u.platform_id"
 	" WHERE u.awaits_build AND u.state NOT IN ('delivered', 'dead', 'blocked') AND u.wanted_version = n.version"
-	" ORDER BY u.task_id FOR NO KEY UPDATE OF u),"
+	" FOR NO KEY UPDATE OF u SKIP LOCKED),"
 	" built AS (INSERT INTO redrive.push_bodies (push_id, version, body) SELECT l.push_id, l.version, l.body FROM live AS l WHERE NOT l.failed"
 	"  ON CONFLICT (push_id) DO UPDATE SET version = excluded.version, body = excluded.body, built_at = now()),"
 	" changed AS (UPDATE redrive.pushes AS u SET"
@@ -140,6 +135,7 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	char	   *name;
 	int32		platform_id;
 	int64		config_version;
+	bool		isnull;
 	uint64		rows;
 	Datum	   *tasks;
 	Datum	   *ids;
@@ -152,21 +148,15 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 
 	values[0] = ObjectIdGetDatum(owner);
 	values[1] = TimestampTzGetDatum(now);
-	if (redrive_sql(&lock_platform, values, NULL) == 0)
+	values[2] = Int32GetDatum(BUILDS_AT_ONCE);
+	if (redrive_sql(&free_builds, values, NULL) == 0)
 		return false;
 	function = redrive_text(0, "build", CurrentMemoryContext);
 	name = redrive_text(0, "name", CurrentMemoryContext);
 	platform_id = (int32) redrive_int64(0, "platform_id");
 	config_version = redrive_int64(0, "config_version");
-	values[0] = Int32GetDatum(platform_id);
-	values[2] = Int32GetDatum(BUILDS_AT_ONCE);
-	rows = redrive_sql(&due_builds, values, NULL);
-	if (rows == 0)
-	{
-		redrive_commit();		/* somebody else has made them; gives the lock
-								 * back */
-		return false;
-	}
+	values[0] = redrive_column(0, "push_ids", &isnull);
+	rows = redrive_sql(&tasks_of_pushes, values, NULL);
 	slot->state = SLOT_CALLBACKS;
 	if (!slot->foreground)
 		pgstat_report_activity(STATE_RUNNING, psprintf("redrive: build for platform %s", name));
@@ -179,8 +169,6 @@ redrive_run_due_builds(RedriveSlot *slot, Oid owner)
 	succeeded = palloc(rows * sizeof(bool));
 	for (uint64 row = 0; row < rows; row++)
 	{
-		bool		isnull;
-
 		ids[row] = Int64GetDatum(redrive_int64(row, "push_id"));
 		versions[row] = Int64GetDatum(redrive_int64(row, "version"));
 		tasks[row] = datumCopy(redrive_column(row, "task", &isnull), false, -1);

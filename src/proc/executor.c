@@ -34,6 +34,9 @@
 #include "flow/segment.h"
 #include "proc/executor.h"
 
+/* How often an idle one looks: nobody tells when what was locked, and so left out, is free. */
+#define LOOK_MS 1000
+
 /* Read the settings again; with fewer workers allowed, the last ones leave. */
 static void
 reload_settings(RedriveSlot *slot)
@@ -153,7 +156,7 @@ redrive_executor_main(Datum arg)
 		if (slot->state != SLOT_IDLE)
 			continue;			/* woken while we looked */
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 turn == TURN_LOCKED ? LOCKED_NAP_MS : Max(redrive_worker_idle_timeout, 1), wait_event);
+						 turn == TURN_LOCKED ? LOCKED_NAP_MS : Max(Min(redrive_worker_idle_timeout, LOOK_MS), 1), wait_event);
 		ResetLatch(MyLatch);
 	}
 	slot->clean_exit = true;

@@ -120,6 +120,20 @@ as_app("INSERT INTO gates VALUES ('open')");
 becomes('e', "u.state = 'delivered' AND u.pushed_version = 2", 't', '... and is pushed');
 is_deeply([ map { "$_->{is} $_->{version}" } bodies('e') ], ['done 2'], '... with its own body');
 
+# --- a push that somebody has locked holds up no other, and is built soon after, though nobody tells
+#
+# Seen red: without SKIP LOCKED in redrive._free_builds (sql/47_push.sql); and without LOOK_MS in proc/executor.c and the timer of
+# redrive_arm_stop(), which is left to fire once and wakes an executor as well.
+$node->safe_psql('postgres', "UPDATE redrive.platforms SET paused = true");
+as_app("SELECT redrive.record_task('locked', 'new')");
+$node->safe_psql('postgres', "BEGIN; SELECT FROM redrive.pushes AS u JOIN redrive.tasks AS t USING (task_id) WHERE t.task_key = 'locked' FOR NO KEY UPDATE OF u; PREPARE TRANSACTION 'lock'");
+$node->safe_psql('postgres', "UPDATE redrive.platforms SET paused = false");
+as_app("SELECT redrive.record_task('beside', 'new')");
+becomes('beside', "u.state = 'delivered'", 't', 'a push beside one that is locked');
+$node->safe_psql('postgres', "ROLLBACK PREPARED 'lock'");
+ok( poll_until($node, "SELECT u.state = 'delivered' FROM redrive.pushes AS u JOIN redrive.tasks AS t USING (task_id) WHERE t.task_key = 'locked'", 't', timeout => 15),
+	'... and that one when it is free');
+
 # --- not executable, gone, and back; another one, and none
 as_app('DROP FUNCTION app.to_body(redrive.task)', "SELECT redrive.record_task('f', 'new')");
 becomes('f', "u.message LIKE '42883: function app.to_body(redrive.task) does not exist'", 't', 'a function that is gone');
