@@ -123,7 +123,7 @@ LANGUAGE sql STABLE AS $$
     CROSS JOIN LATERAL (
         SELECT CASE WHEN c.lease_until IS NULL THEN format('Pid %s has', c.worker_pid)
                  ELSE format('An external worker%s claimed', ' "' || CASE WHEN pg_has_role($1, h.owner::oid, 'USAGE') THEN c.worker END || '"') END
-            || format(' items %s to %s of this batch', c.done_to + 1, c.to_no)
+            || format(' items %s to %s of this batch', CASE WHEN c.lease_until IS NULL THEN c.done_to + 1 ELSE c.from_no END, c.to_no)
             || CASE WHEN c.kind = 'retry' THEN ', those of them that are tried again' ELSE '' END
             || coalesce(', and is in item ' || s.item_no || ' since ' || redrive._seconds(s.item_started_at), '') AS who,
             CASE WHEN w.alive AND c.lease_until IS NULL THEN pg_blocking_pids(c.worker_pid) ELSE '{}' END AS blocking
@@ -150,8 +150,9 @@ LANGUAGE sql STABLE AS $$
         UNION ALL
         SELECT CASE WHEN c.lease_until IS NULL THEN 'running' ELSE 'claimed by an external worker' END,
             k.who || CASE WHEN c.lease_until IS NULL THEN format('; it committed last at %s.', redrive._seconds(c.progress_at))
-                          ELSE format(' until %s; %s of them are left.', redrive._seconds(c.lease_until), c.items - c.done) END,
-            NULL
+                          WHEN c.items > c.done THEN format(' until %s; %s of them are left.', redrive._seconds(c.lease_until), c.items - c.done)
+                          ELSE format(' until %s. All of them are settled, but the claim was not ended.', redrive._seconds(c.lease_until)) END,
+            CASE WHEN c.lease_until IS NOT NULL AND c.items = c.done THEN 'wait for its lease; the worker should end each claim with redrive.complete()' END
         WHERE w.alive AND k.blocking = '{}' AND s.item_no IS NULL AND w.stuck_from > clock_timestamp()
     ) AS r
     WHERE c.batch_id = $2 AND c.state = 'running'

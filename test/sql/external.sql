@@ -411,6 +411,11 @@ SELECT * FROM why('seen');
 SELECT count(*) FROM claim('robot', 'seen', 5);
 SELECT settle('robot', outcome(1), outcome(4));
 SELECT * FROM why('seen');
+-- all is settled, and not ended
+BEGIN;
+SELECT settle('robot', outcome(2), outcome(3), outcome(5));
+SELECT * FROM why('seen');
+ROLLBACK;
 SELECT pid, kind, handler, state, worker, lease_until > now() AS leased FROM redrive.workers WHERE handler = 'seen';
 SELECT workers, ready, in_flight FROM redrive.queue_stats WHERE handler = 'seen';
 UPDATE redrive.chunks SET progress_at = progress_at - interval '20 min' WHERE state = 'running';
