@@ -33,7 +33,12 @@ SELECT u.platform_id, u.lease_owner, u.is_probe, now(), min(u.lease_until), arra
 FROM redrive.pushes AS u
 WHERE u.state = 'in_flight'
 GROUP BY u.platform_id, u.lease_owner, u.is_probe;
-DROP VIEW redrive.push_status, redrive.platform_health;
+-- it reads columns that go; it is not dropped, since views of users may read it, and rights on it stay
+CREATE OR REPLACE VIEW redrive.push_status AS
+SELECT NULL::text AS task_key, NULL::text AS platform, NULL::redrive.push_state AS state, NULL::text AS wanted_status, NULL::text AS pushed_status,
+    NULL::int AS retry_count, NULL::timestamptz AS next_attempt_at, NULL::timestamptz AS failed_at, NULL::int AS http_status, NULL::text AS message,
+    NULL::text AS error_class, NULL::bigint AS wanted_version, NULL::bigint AS pushed_version, NULL::bigint AS attempts,
+    NULL::timestamptz AS delivered_at, NULL::timestamptz AS lease_until;
 DROP INDEX redrive.pushes_lease_idx;
 ALTER TABLE redrive.pushes
     DROP CONSTRAINT pushes_lease_check;
