@@ -265,9 +265,9 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 
 /*
  * Block what a claim for this platform would begin with, since it cannot be claimed: a
- * body that cannot be made, for example.
+ * body that cannot be made, for example.  Returns whether there was one.
  */
-void
+bool
 redrive_block_next_push(Platform *platform, const char *message)
 {
 	Datum		values[3];
@@ -275,7 +275,7 @@ redrive_block_next_push(Platform *platform, const char *message)
 	values[0] = Int32GetDatum(platform->platform_id);
 	values[1] = under_way(&platform, 1, NIL);
 	values[2] = CStringGetTextDatum(message);
-	(void) redrive_sql(&block_next_push, values, NULL);
+	return redrive_sql(&block_next_push, values, NULL) > 0;
 }
 
 /* What was claimed is committed: keep it in cxt until it is recorded. */

@@ -154,7 +154,7 @@ typedef struct Claimed
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
 extern List *redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, bool *outdated);
-extern void redrive_block_next_push(Platform *platform, const char *message);
+extern bool redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
 extern void redrive_look_at_all(List *platforms);

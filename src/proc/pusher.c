@@ -53,7 +53,7 @@ static bool look_for_locks = false; /* others have locked what we record */
 static TimestampTz reaped_at = 0;	/* also of the last look at everything */
 static enum
 {
-	REAPING, RECORDING, CLAIMING
+	RECORDING, CLAIMING, ANOTHER
 }			step;				/* of a turn */
 
 static void
@@ -213,7 +213,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 {
 	List	   *claimed = NIL;
 
-	step = REAPING;
+	step = ANOTHER;
 	redrive_worker_begin();
 	pgstat_report_activity(STATE_RUNNING, "redrive: push");
 	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
@@ -228,7 +228,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		redrive_record_pushes(pushes, *n, false);
 	for (int i = 0; i < *n; i++)
 		pushes[i]->recorded = true;
-	step = CLAIMING;
+	step = ANOTHER;
 	if (may_claim)
 	{
 		int64		version = redrive_platforms_version();
@@ -242,8 +242,10 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 			platforms_version = version;
 		}
 		MemoryContextSwitchTo(claim_cxt);
+		step = CLAIMING;
 		if (room > 0)
 			claimed = redrive_claim_pushes(platforms, alone, alone != NULL ? 1 : room, pusher, &outdated);
+		step = ANOTHER;
 		if (outdated)
 			platforms = redrive_load_platforms(platforms, pusher_cxt);
 		/* without room, requests that end will tell */
@@ -255,15 +257,18 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 	return claimed;
 }
 
-/* Block the push that cannot be claimed, in a transaction of its own. */
-static void
+/* Block the push that cannot be claimed, in a transaction of its own; false = there is none. */
+static bool
 block_alone(Platform *platform, const char *message)
 {
+	bool		blocked;
+
 	redrive_worker_begin();
 	redrive_limit_lock_wait();
-	redrive_block_next_push(platform, message);
+	blocked = redrive_block_next_push(platform, message);
 	redrive_worker_end();
 	MemoryContextSwitchTo(claim_cxt);
+	return blocked;
 }
 
 /*
@@ -309,18 +314,21 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		const int	sqlstate = error->sqlerrcode;
 
 		*next_due = 0;
-		if (redrive_is_outage(sqlstate) || step == REAPING)
+		if (redrive_is_outage(sqlstate) || step == ANOTHER)
 			return false;
 		if (step == CLAIMING)
 		{
-			/* somebody has cancelled it, or it was not the first time */
-			if (ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_OPERATOR_INTERVENTION)
+			const int	category = ERRCODE_TO_CATEGORY(sqlstate);
+
+			/*
+			 * somebody has cancelled it, or it was not the first time; or it
+			 * is the statement that is wrong, and no push
+			 */
+			if (category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION || sqlstate == ERRCODE_INTERNAL_ERROR)
 				return false;
-			if (alone != NULL)
-				block_alone(alone, error->message);
 			foreach(lc, platforms)
 				((Platform *) lfirst(lc))->alone = alone == NULL && ((Platform *) lfirst(lc))->more_due;
-			return true;
+			return alone == NULL || block_alone(alone, error->message);
 		}
 		if (sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
 		{

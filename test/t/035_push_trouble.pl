@@ -160,6 +160,30 @@ like((received($receiver, '/latin'))[0]->{body}, qr/"status" : "\x{e4}"/, '... a
 sql("DROP DATABASE $_") foreach ('bytes', 'latin');
 start_over();
 
+# An error of each claim, whatever is claimed, is the fault of no push.  The pusher claims again after a second, so there are
+# no more errors than seconds, but for the first ones.
+#
+# Seen red: without ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION in take_turn() (proc/pusher.c) they are blocked, and there are dozens of errors at once.
+platform($node, $receiver, 'kept', '/kept');
+sql("SELECT redrive.record_task('kept ' || n, 'old') FROM generate_series(1, 3) AS n");
+becomes('kept', 'delivered', 'pushes that can be claimed');
+my $from = -s $node->logfile;
+my $began = time();
+my $errors = 0;
+sql("ALTER TABLE redrive.pushes RENAME push_key TO renamed; SELECT redrive.record_task('kept ' || n, 'new') FROM generate_series(1, 3) AS n");
+while ($errors < 3 && time() < $began + 60)
+{
+	sql('SELECT 1');
+	$errors = () = slurp_file($node->logfile, $from) =~ /column x.push_key does not exist/g;
+}
+cmp_ok($errors, '>=', 3, 'an error of each claim');
+cmp_ok($errors, '<=', time() - $began + 3, '... is not met all the time');
+is(sql('SELECT DISTINCT state, attempts ' . status('kept')), 'pending|1', '... and blocks nothing');
+sql('ALTER TABLE redrive.pushes RENAME renamed TO push_key');
+becomes('kept', 'delivered', 'they go on when it is mended');
+is(sql("SELECT max(attempts) " . status('kept')), 2, '... each once');
+start_over();
+
 # A cancel ends a statement, not the pusher.
 #
 # Seen red: without QueryCancelPending = false in redrive_pusher_main().
