@@ -115,6 +115,13 @@ redrive_worker_begin(void)
 {
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
+
+	/*
+	 * below it SPI puts what an error leaves; a worker has no portal that
+	 * would free it
+	 */
+	if (PortalContext == NULL)
+		PortalContext = AllocSetContextCreate(TopMemoryContext, "redrive statements", ALLOCSET_DEFAULT_SIZES);
 	/* SPI comes back to this context, which must outlive the transaction */
 	MemoryContextSwitchTo(TopMemoryContext);
 	redrive_connect_nonatomic();
@@ -211,6 +218,7 @@ redrive_worker_abort(void)
 {
 	AbortOutOfAnyTransaction();
 	MemoryContextSwitchTo(TopMemoryContext);
+	MemoryContextReset(PortalContext);
 	pgstat_report_stat(false);
 	pgstat_report_activity(STATE_IDLE, NULL);
 }
