@@ -338,7 +338,7 @@ CREATE FUNCTION redrive.claim(handler text, max_items int DEFAULT 100, lease int
 RETURNS TABLE (chunk_id bigint, lease_token bigint, batch_id bigint, item_no bigint, key text, payload jsonb, attempt int, lease_until timestamptz)
 LANGUAGE c VOLATILE ROWS 100 AS 'MODULE_PATHNAME', 'redrive_claim_external';
 COMMENT ON FUNCTION redrive.claim IS
-'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or at another isolation level with wait, or of a handler with max_workers, 22023 max_items, lease or wait out of range, 22004 lease NULL, 08006 the client has gone while it waited.';
+'For external workers: claim up to max_items items of one batch, one chunk of work, until the lease ends. All rows have the same chunk_id and lease_token; no rows when nothing is due. Commit before the work, so that the others see it. wait: if nothing is due, wait for it up to so long, at most 60 s, in one go at READ COMMITTED. Errors: 42704 unknown handler, 42501 not yours, 55000 not external, or at another isolation level with wait, or of a handler with max_workers, or before ALTER EXTENSION pg_redrive UPDATE, 22023 max_items, lease or wait out of range, 22004 lease NULL, 08006 the client has gone while it waited.';
 
 -- Refuse whoever has not the claim he says, or has it no more.
 CREATE FUNCTION redrive._refuse_claim(p_caller oid, p_chunk_id bigint, p_lease_token bigint) RETURNS void

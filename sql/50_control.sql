@@ -230,4 +230,4 @@ COMMENT ON PROCEDURE redrive.wait IS
 CREATE PROCEDURE redrive.work(max_time interval DEFAULT NULL, until_idle boolean DEFAULT true)
 LANGUAGE c AS 'MODULE_PATHNAME', 'redrive_work';
 COMMENT ON PROCEDURE redrive.work IS
-'Run batches of the handlers that the caller owns in this session, with the same engine as the workers: until nothing is due (until_idle), or for max_time. Commits as it goes, so it cannot be called in a transaction block.';
+'Run batches of the handlers that the caller owns in this session, with the same engine as the workers: until nothing is due (until_idle), or for max_time. Commits as it goes, so it cannot be called in a transaction block. Errors: 2D000 in a transaction block, 55000 before ALTER EXTENSION pg_redrive UPDATE.';

@@ -11,11 +11,17 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_extension.h"
 #include "catalog/pg_namespace.h"
+#include "commands/dbcommands.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -65,6 +71,48 @@ redrive_owner(void)
 	owner = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
 	ReleaseSysCache(tuple);
 	return owner;
+}
+
+/*
+ * Are the SQL objects of this database those that this library works with?
+ *
+ * Between the restart with a new library and ALTER EXTENSION UPDATE they are not; then
+ * it complains with elevel.  False, too, when the extension is not there.  Needs a
+ * transaction.
+ */
+bool
+redrive_version_fits(int elevel)
+{
+	Relation	extensions = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	char	   *version = NULL;
+	bool		fits;
+
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ, CStringGetDatum("pg_redrive"));
+	scan = systable_beginscan(extensions, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool		isnull;
+		Datum		value = heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(extensions), &isnull);
+
+		version = isnull ? NULL : TextDatumGetCString(value);
+	}
+	systable_endscan(scan);
+	table_close(extensions, AccessShareLock);
+	if (version == NULL)
+		return false;
+	fits = strcmp(version, REDRIVE_VERSION) == 0;
+	if (!fits)
+		ereport(elevel,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("pg_redrive does not work in database \"%s\" before it is updated", get_database_name(MyDatabaseId)),
+				 errdetail("The library is of version %s, the SQL objects of this database are of version %s.", REDRIVE_VERSION, version),
+				 errhint("Run ALTER EXTENSION pg_redrive UPDATE in this database; if the library is the older one, restart the server.")));
+	pfree(version);
+	return fits;
 }
 
 /*

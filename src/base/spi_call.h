@@ -50,6 +50,7 @@ typedef struct RedrivePartSql
 } RedrivePartSql;
 
 extern Oid	redrive_owner(void);
+extern bool redrive_version_fits(int elevel);
 extern uint64 redrive_sql(RedriveSql *sql, Datum *values, const char *nulls);
 extern uint64 redrive_part_sql(RedrivePartSql *sql, int part, Datum *values, const char *nulls);
 extern void redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls);

@@ -232,6 +232,7 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 	}
 	if (claim_more(values, nulls, found))
 		return true;
+	(void) redrive_version_fits(ERROR);
 	for (;;)
 	{
 		bool		isnull;

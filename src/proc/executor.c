@@ -13,7 +13,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "commands/extension.h"
 #include "libpq/pqsignal.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -29,6 +28,7 @@
 #include "base/compat.h"
 #include "base/guc.h"
 #include "base/shmem.h"
+#include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/execute.h"
 #include "flow/segment.h"
@@ -85,7 +85,7 @@ work_once(RedriveSlot *slot, MemoryContext cxt)
 
 	redrive_worker_begin();
 	pgstat_report_activity(STATE_RUNNING, "redrive: look for work");
-	if (OidIsValid(get_extension_oid("pg_redrive", true)))
+	if (redrive_version_fits(DEBUG1))
 	{
 		for (;;)
 		{

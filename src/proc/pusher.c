@@ -13,7 +13,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "commands/extension.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -31,6 +30,7 @@
 #include "base/guc.h"
 #include "base/http.h"
 #include "base/shmem.h"
+#include "base/spi_call.h"
 #include "base/xact.h"
 #include "flow/push.h"
 #include "proc/pusher.h"
@@ -216,7 +216,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 	step = ANOTHER;
 	redrive_worker_begin();
 	pgstat_report_activity(STATE_RUNNING, "redrive: push");
-	if (!OidIsValid(get_extension_oid("pg_redrive", true)))
+	if (!redrive_version_fits(DEBUG1))
 		proc_exit(0);
 	redrive_limit_lock_wait();
 	if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))

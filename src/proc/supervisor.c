@@ -109,8 +109,8 @@ leave_shmem(int code, Datum arg)
 }
 
 /*
- * Is the extension there and does its SQL fit?  Says so in shared memory;
- * a database without it is left alone until somebody creates it.
+ * Is the extension there?  Says so in shared memory; a database without it is
+ * left alone until somebody creates it.
  */
 static bool
 extension_present(void)
@@ -413,6 +413,7 @@ redrive_supervisor_main(Datum arg)
 	bool		taken;
 	bool		must_rescue = true;
 	bool		woken = true;
+	bool		fits = true;
 	TimestampTz turn_at = 0;	/* the next whole turn, if nobody wakes us */
 	TimestampTz rescued_at = 0;
 	uint32		wait_event;
@@ -442,7 +443,6 @@ redrive_supervisor_main(Datum arg)
 	while (!ShutdownRequestPending)
 	{
 		bool		whole;		/* or only a fold */
-		int			events;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -462,6 +462,14 @@ redrive_supervisor_main(Datum arg)
 		{
 			redrive_worker_end();
 			break;
+		}
+		fits = redrive_version_fits(fits ? WARNING : DEBUG1);
+		if (!fits)
+		{
+			redrive_worker_end();
+			must_rescue = true; /* and all the rest, then */
+			(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, TICK_MS, wait_event);
+			continue;
 		}
 		if (must_rescue || TimestampDifferenceExceeds(rescued_at, GetCurrentTimestamp(), TICK_MS))
 		{
@@ -490,8 +498,7 @@ redrive_supervisor_main(Datum arg)
 			turn_at = redrive_external_look(turn_at);
 		redrive_worker_end();
 
-		events = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, redrive_external_end(own_entry, turn_at), wait_event);
-		woken = (events & WL_LATCH_SET) != 0;
+		woken = (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, redrive_external_end(own_entry, turn_at), wait_event) & WL_LATCH_SET) != 0;
 	}
 	proc_exit(0);
 }

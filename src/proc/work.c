@@ -89,6 +89,7 @@ redrive_work(PG_FUNCTION_ARGS)
 	redrive_require_nonatomic(fcinfo, "redrive.work()");
 	if (RecoveryInProgress())
 		redrive_require_writable(fcinfo);
+	(void) redrive_version_fits(ERROR);
 	if (redrive_shared != NULL)
 		slot = redrive_slot_take(MyDatabaseId, GetUserId(), true);
 	if (slot == NULL)
