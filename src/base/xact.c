@@ -218,7 +218,8 @@ redrive_worker_abort(void)
 {
 	AbortOutOfAnyTransaction();
 	MemoryContextSwitchTo(TopMemoryContext);
-	MemoryContextReset(PortalContext);
+	if (PortalContext != NULL)
+		MemoryContextReset(PortalContext);
 	pgstat_report_stat(false);
 	pgstat_report_activity(STATE_IDLE, NULL);
 }

@@ -321,10 +321,11 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 			const int	category = ERRCODE_TO_CATEGORY(sqlstate);
 
 			/*
-			 * somebody has cancelled it, or it was not the first time; or it
-			 * is the statement that is wrong, and no push
+			 * somebody has cancelled it, or it was not the first time, or has
+			 * locked a table; or it is the statement that is wrong, and no
+			 * push
 			 */
-			if (category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION || sqlstate == ERRCODE_INTERNAL_ERROR)
+			if (category == ERRCODE_OPERATOR_INTERVENTION || sqlstate == ERRCODE_LOCK_NOT_AVAILABLE || category == ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION || sqlstate == ERRCODE_INTERNAL_ERROR)
 				return false;
 			foreach(lc, platforms)
 				((Platform *) lfirst(lc))->alone = alone == NULL && ((Platform *) lfirst(lc))->more_due;

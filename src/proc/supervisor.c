@@ -108,10 +108,7 @@ leave_shmem(int code, Datum arg)
 	LWLockRelease(redrive_shared->lock);
 }
 
-/*
- * Is the extension there?  Says so in shared memory; a database without it is
- * left alone until somebody creates it.
- */
+/* Is the extension there?  If not, shared memory says so, and the database is left alone until it is created. */
 static bool
 extension_present(void)
 {
@@ -311,10 +308,7 @@ ask_for_place(Oid owner)
 	return !has_one;
 }
 
-/*
- * Is there no use in starting an executor of this role?  It would only fill the
- * log with the server's errors; we say so once.
- */
+/* Is there no use in starting an executor of this role?  We say so once, the server would each time. */
 static bool
 is_unable(Candidate *candidate)
 {

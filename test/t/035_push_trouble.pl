@@ -199,6 +199,21 @@ becomes('kept', 'delivered', 'they go on when it is mended');
 is(sql("SELECT max(attempts) " . status('kept')), 2, '... each once');
 start_over();
 
+# Nor is it the fault of a push that somebody has locked a table.
+#
+# Seen red: without ERRCODE_LOCK_NOT_AVAILABLE at CLAIMING in take_turn() (proc/pusher.c) it is blocked.
+platform($node, $receiver, 'patient', '/first/1', "retry_interval => '1 s'");
+sql("SELECT redrive.record_task('patient', 'new')");
+ok(poll_until($node, "SELECT state = 'waiting' FROM redrive.push_status"), 'a push waits for its retry');
+my $locker = $node->background_psql('postgres');
+$from = -s $node->logfile;
+$locker->query_safe('BEGIN; LOCK TABLE redrive.tasks IN ACCESS EXCLUSIVE MODE');
+$node->wait_for_log(qr/canceling statement due to lock timeout(.*\n)+.*canceling statement due to lock timeout/, $from);
+$locker->query_safe('COMMIT');
+$locker->quit;
+becomes('patient', 'delivered', '... and is sent when the lock of a table that it needs is gone');
+start_over();
+
 # A cancel ends a statement, not the pusher.
 #
 # Seen red: without QueryCancelPending = false in redrive_pusher_main().
