@@ -6,7 +6,7 @@ Listens on a port of its choice, which it writes to DIRECTORY/port, and appends 
 that it has read: that file is the truth about what arrived. While there is a file DIRECTORY/down it answers 500 to everything.
 With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
-    /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS[/STATUS]  /first/N (500 to the first N requests of a webhook-id)
+    /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
@@ -53,7 +53,10 @@ async def behave(path, number, headers, body, reader, writer):
         await answer(writer, 200, urllib.parse.unquote(rest[0]).encode())
     elif word == "delay":
         await asyncio.sleep(float(rest[0]))  # -- slow handler
-        await answer(writer, int(rest[1]) if len(rest) > 1 else 200)
+        await answer(writer, 200)
+    elif word == "late":
+        await asyncio.sleep(float(rest[1]))  # -- slow handler
+        await answer(writer, int(rest[0]))
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)
     elif word == "deep":

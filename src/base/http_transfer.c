@@ -25,7 +25,9 @@
 	(code) == CURLE_SSL_ISSUER_ERROR || (code) == CURLE_SSL_CRL_BADFILE || (code) == CURLE_SSL_PINNEDPUBKEYNOTMATCH || \
 	(code) == CURLE_SSL_INVALIDCERTSTATUS)
 
-#define BAD_URL(code) ((code) == CURLE_UNSUPPORTED_PROTOCOL || (code) == CURLE_URL_MALFORMAT)
+/* An answer of no known version has the same code as a URL of no known scheme. */
+#define BAD_URL(transfer) \
+	(((transfer)->code == CURLE_UNSUPPORTED_PROTOCOL || (transfer)->code == CURLE_URL_MALFORMAT) && !(transfer)->begun)
 
 /* libcurl: open a socket to this address, which is the final one. */
 static curl_socket_t
@@ -371,7 +373,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->failure_code = code;
 	result->status = status;
 	result->sent = status > 0 || transfer->again || (pretransfer > 0 && uploaded >= (curl_off_t) transfer->body_len);
-	result->refused = BAD_URL(code) || (code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0);
+	result->refused = BAD_URL(transfer) || (code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0);
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
 	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
@@ -382,7 +384,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->body = transfer->answer_len > 0 ? transfer->answer : "";
 	result->body_len = transfer->answer_len;
 	result->total_ms = total / 1000.0;
-	if (BAD_URL(code))
+	if (BAD_URL(transfer))
 		snprintf(result->error, sizeof(result->error), "the URL is not one that requests can be sent to");
 	else if (result->refused && transfer->too_large)
 		snprintf(result->error, sizeof(result->error), "the body is longer than %d bytes", REDRIVE_HTTP_MAX_BODY);

@@ -129,6 +129,7 @@ my @table = (
 	[ '/retry-after/503/120', 'waiting', 'throttled', 1 ],
 	[ '/status/401', 'waiting', 'credential', 1 ],
 	[ '/status/410', 'waiting', 'gone', 1 ],
+	[ '/status/1', 'dead', 'ambiguous', 2 ],
 );
 foreach my $row (@table)
 {
@@ -217,9 +218,9 @@ drop_platforms();
 # A platform that moves hears nothing of what is answered at its old place.
 #
 # Seen red: without config_version in redrive_teach_platform() (src/flow/push_result.c) it is paused.
-platform($node, $receiver, 'moving', '/delay/1/410', "retry_interval => '10 ms'");
+platform($node, $receiver, 'moving', '/late/410/1', "retry_interval => '10 ms'");
 $node->safe_psql('postgres', "SELECT redrive.record_task('moving', 'first')");
-wait_for_request($receiver, '/delay/1/410', 1);
+wait_for_request($receiver, '/late/410/1', 1);
 $node->safe_psql('postgres', "SELECT redrive.alter_platform('moving', url => 'http://127.0.0.1:$receiver->{port}/ok')");
 becomes('moving', 'delivered', 'a platform moves while something is sent to its old place');
 is($node->safe_psql('postgres', "SELECT paused FROM redrive.platforms WHERE name = 'moving'"), 'f', '... and is not paused');
