@@ -9,6 +9,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
+    /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
@@ -63,6 +64,10 @@ async def behave(path, number, headers, body, reader, writer):
         await answer(writer, 200, b"[" * int(rest[0]) + b"]" * int(rest[0]))
     elif word == "picky":
         await answer(writer, 500 if b'"task_key" : "bad"' in body else 200)
+    elif word == "numbers":
+        await answer(writer, 200, json.dumps(list(range(int(rest[0])))).encode())
+    elif word == "poison":
+        await answer(writer, 200, b'{"code": "\\u0000"}' if b'"task_key" : "bad"' in body else b'{"code": 0}')
     elif word == "redirect":
         await answer(writer, 302, headers="Location: /ok\r\n")
     elif word == "bytes":

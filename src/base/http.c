@@ -222,18 +222,21 @@ redrive_http_fd(RedriveHttp *http)
 	return http->sockets.epoll_fd;
 }
 
-/* In how many milliseconds redrive_http_drive() has to be called; -1 = not. */
+/* In how many milliseconds there is a result, or redrive_http_drive() has to be called; -1 = not. */
 long
 redrive_http_timeout_ms(RedriveHttp *http)
 {
 	int64		timer_ms = -1;
 
+	if (http->done != NULL)
+		return 0;
 	for (Pool *pool = http->pool; pool != NULL; pool = pool->next)
 		if (pool->timer_ms >= 0 && (timer_ms < 0 || pool->timer_ms < timer_ms))
 			timer_ms = pool->timer_ms;
 	return timer_ms < 0 ? -1 : (long) Max(timer_ms - now_ms(), 0);
 }
 
+/* How many requests are under way, or have a result that nobody has freed. */
 int
 redrive_http_in_flight(RedriveHttp *http)
 {
@@ -254,6 +257,8 @@ free_transfer(RedriveHttp *http)
 		if (transfer != NULL)
 			http->transfers[http->n_made++] = transfer;
 	}
+	if (transfer != NULL)
+		http->in_flight++;
 	return transfer;
 }
 
@@ -263,7 +268,6 @@ take_out(RedriveHttp *http, Transfer *transfer)
 {
 	(void) curl_multi_remove_handle(transfer->pool->multi, transfer->easy);
 	transfer->pool->in_flight--;
-	http->in_flight--;
 	transfer->pool = NULL;
 }
 
@@ -274,8 +278,8 @@ release_transfer(RedriveHttp *http, Transfer *transfer)
 	redrive_clear_transfer(transfer);
 	transfer->next = http->unused;
 	http->unused = transfer;
+	http->in_flight--;
 }
-
 
 /*
  * Begin a request; redrive_http_drive() carries it on.
@@ -298,7 +302,6 @@ redrive_http_start(RedriveHttp *http, const RedriveHttpRequest *request)
 	}
 	transfer->pool = http->pool;
 	transfer->pool->in_flight++;
-	http->in_flight++;
 	return true;
 }
 

@@ -44,7 +44,7 @@ typedef struct Platform
 	int64		config_version;
 	bool		paused;
 	bool		has_build;
-	bool		has_success_when;
+	Datum		success_when;	/* a jsonpath, 0 = none */
 	const char *trouble;		/* why nothing can be sent, or NULL */
 
 	/* what requests are made of */
@@ -138,8 +138,8 @@ typedef struct Push
 	int			failure_code;
 	const char *message;		/* NULL = none */
 	char	   *response;		/* what is kept of the answer, or NULL */
-	char	   *answer;			/* all of it, if success_when wants it and it
-								 * is JSON */
+	char	   *answer;			/* all of it, if it is JSON and success_when
+								 * is still to be asked about it */
 } Push;
 
 /* What a claim gives. */
@@ -161,6 +161,9 @@ extern void redrive_look_at_all(List *platforms);
 extern void redrive_reap_pushes(int64 pusher);
 extern void redrive_keep_claimed(List *claimed, MemoryContext cxt);
 extern void redrive_forget_pushes(Push **pushes, int n);
+
+/* push_judge.c */
+extern bool redrive_judge_answers(Push **pushes, int n);
 
 /* push_record.c */
 extern void redrive_record_pushes(Push **pushes, int n, bool without_answers);

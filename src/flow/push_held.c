@@ -170,7 +170,6 @@ redrive_hold_push(Push *push, MemoryContext cxt)
 		old_cxt = MemoryContextSwitchTo(push->texts);
 		push->message = copy_text(push->message);
 		push->response = copy_text(push->response);
-		push->answer = copy_text(push->answer);
 		MemoryContextSwitchTo(old_cxt);
 	}
 	if (held == NULL)

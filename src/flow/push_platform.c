@@ -25,7 +25,7 @@
 #define OUR_HEADERS 8
 
 static RedriveSql load_platforms = {
-	"SELECT p.platform_id, p.owner, p.name, p.config_version, p.paused, p.build IS NOT NULL AS has_build, p.success_when IS NOT NULL AS has_success_when,"
+	"SELECT p.platform_id, p.owner, p.name, p.config_version, p.paused, p.build IS NOT NULL AS has_build, p.success_when,"
 	" p.method::text AS method, p.url, p.headers, p.allow_http, ARRAY(SELECT c::text FROM unnest(p.allow_cidr) AS c) AS allow,"
 	" (extract(epoch FROM p.timeout) * 1000)::int8 AS timeout_ms, (extract(epoch FROM p.connect_timeout) * 1000)::int8 AS connect_timeout_ms,"
 	" extract(epoch FROM p.retry_interval)::float8 AS retry_interval_s, p.permanent_status, p.max_in_flight, coalesce(p.rate_limit, 0) AS rate_limit,"
@@ -109,6 +109,7 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	MemoryContext cxt = AllocSetContextCreate(parent, "redrive platform", ALLOCSET_SMALL_SIZES);
 	bool		isnull;
 	Datum		headers = redrive_column(row, "headers", &isnull);
+	Datum		success_when;
 	char	   *bearer = redrive_text(row, "bearer", cxt);
 	char	   *basic = redrive_text(row, "basic", cxt);
 	Datum	   *values;
@@ -120,7 +121,8 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	p->name = redrive_text(row, "name", cxt);
 	p->gone = false;
 	p->has_build = redrive_bool(row, "has_build");
-	p->has_success_when = redrive_bool(row, "has_success_when");
+	success_when = redrive_column(row, "success_when", &isnull);
+	p->success_when = isnull ? (Datum) 0 : PointerGetDatum(PG_DETOAST_DATUM_COPY(success_when));
 	p->method = redrive_text(row, "method", cxt);
 	p->url = redrive_text(row, "url", cxt);
 	p->allow_http = redrive_bool(row, "allow_http");

@@ -13,7 +13,6 @@
 
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
-#include "utils/timeout.h"
 #include "utils/timestamp.h"
 
 #include "base/spi_call.h"
@@ -21,18 +20,7 @@
 #include "flow/push.h"
 
 #define MAX_FREE_RETRIES 20
-#define JUDGE_MS 2000			/* the longest that success_when may take */
 #define CHANGED_MS 100			/* a platform is being changed: ask again */
-
-/* Which answers are what success_when wants.  $1 platform, $2 answer. */
-static RedriveSql judge_answers = {
-	.lookups = true,
-	.text =
-	"SELECT n.place FROM unnest($1, $2) WITH ORDINALITY AS n (platform_id, answer, place)"
-	" WHERE coalesce((SELECT p.success_when IS NULL OR jsonb_path_match(n.answer::jsonb, p.success_when, '{}', true)"
-	"  FROM redrive.platforms AS p WHERE p.platform_id = n.platform_id), false)",
-	.nargs = 2,.argtypes = {INT4ARRAYOID, TEXTARRAYOID}
-};
 
 /*
  * Delivered.  $1 number, $2 claim, $3 version, $4 status, $5 now.  Whether more is wanted
@@ -197,50 +185,6 @@ write_log(AttemptLog *log)
 	redrive_table_insert(psprintf("push_log_%d", part), L_COLUMNS, log->n, log->values, log->nulls);
 }
 
-/* A push was answered, but not as its platform should. */
-static void
-reject(Push *p, const char *message)
-{
-	p->delivered = false;
-	p->charged = true;
-	p->error_class = "rejected";
-	p->message = message;
-}
-
-/* Find those whose answer is not what success_when wants. */
-static void
-judge(Push **pushes, int n)
-{
-	Push	  **answered = palloc(n * sizeof(Push *));
-	bool	   *fits = palloc0(n * sizeof(bool));
-	Datum	   *platforms = palloc(n * sizeof(Datum));
-	Datum	   *answers = palloc(n * sizeof(Datum));
-	int			n_answered = 0;
-	Datum		args[2];
-	uint64		rows;
-
-	for (int i = 0; i < n; i++)
-		if (pushes[i]->answer != NULL)
-		{
-			platforms[n_answered] = Int32GetDatum(pushes[i]->platform->platform_id);
-			answers[n_answered] = CStringGetTextDatum(pushes[i]->answer);
-			answered[n_answered++] = pushes[i];
-		}
-	if (n_answered == 0)
-		return;
-	args[0] = redrive_array(INT4OID, n_answered, platforms, NULL);
-	args[1] = redrive_array(TEXTOID, n_answered, answers, NULL);
-	/* the path is of a user, and so is what it looks at */
-	enable_timeout_after(STATEMENT_TIMEOUT, JUDGE_MS);
-	rows = redrive_sql(&judge_answers, args, NULL);
-	disable_timeout(STATEMENT_TIMEOUT, false);
-	for (uint64 row = 0; row < rows; row++)
-		fits[redrive_int64(row, "place") - 1] = true;
-	for (int i = 0; i < n_answered; i++)
-		if (!fits[i])
-			reject(answered[i], "success_when is not true of the answer.");
-}
-
 /*
  * A push that was blocked by the configuration of its platform waits for another one.
  * If it has changed since, or is about to, the push is tried again: nobody would come
@@ -389,7 +333,7 @@ end_claims_of(Push **pushes, int n)
  * Write down what came of pushes.
  *
  * without_answers: leave out what platforms said, because it could not be
- * stored; such pushes are not delivered if success_when wanted to see it.
+ * stored.
  */
 void
 redrive_record_pushes(Push **pushes, int n, bool without_answers)
@@ -400,13 +344,8 @@ redrive_record_pushes(Push **pushes, int n, bool without_answers)
 				n_failed = 0;
 	AttemptLog	log = {0};
 
-	if (!without_answers)
-		judge(pushes, n);
 	for (int i = 0; i < n; i++)
 	{
-		if (without_answers && pushes[i]->answer != NULL)
-			reject(pushes[i], "The answer cannot be judged by success_when.");
-		redrive_teach_platform(pushes[i]);
 		if (pushes[i]->delivered)
 			delivered[n_delivered++] = pushes[i];
 		else

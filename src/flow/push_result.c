@@ -79,11 +79,11 @@ judge_status(Push *push, const RedriveHttpResult *http)
 	{
 		push->delivered = true;
 		push->message = NULL;
-		if (platform->has_success_when)
+		if (platform->success_when != (Datum) 0)
 		{
 			char	   *answer = http->truncated ? NULL : redrive_clean_text(http->body, http->body_len, http->body_len);
 
-			/* the rest is judged by the statement that records it */
+			/* the rest is judged before it is recorded */
 			if (answer == NULL || !is_json(answer))
 			{
 				push->delivered = false;

@@ -287,6 +287,9 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	List	   *claimed = NIL;
 	ListCell   *lc;
 
+	/* a platform at a time: requests go on meanwhile */
+	while (redrive_judge_answers(pushes, n))
+		redrive_http_drive(http);
 	PG_TRY();
 	{
 		claimed = turn(pushes, &n_recorded, pusher, may_claim, next_due);

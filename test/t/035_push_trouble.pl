@@ -113,8 +113,8 @@ foreach my $before (0, 4085)
 
 # Answers that success_when cannot judge, each for another reason.
 #
-# Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher; with redrive_is_outage() always true
-# (flow/push_held.c) nothing is pushed any more.
+# Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher, without PG_TRY in ask()
+# (flow/push_judge.c) the others do.
 my %answers = (
 	deep => [ '/deep/30000', '$.code == 0' ],
 	zone => [ '/json/%7B%22at%22%3A%222024-01-01%22%7D', '$.at.datetime() < "2024-01-01T00:00:00+00".datetime()' ],
@@ -132,6 +132,28 @@ foreach my $name (sort keys %answers)
 	sql("SELECT redrive.drop_platform('$name')");
 }
 is(sql($pusher), $pid, 'the pusher is the same');
+
+# A success_when that takes long costs its own pushes an attempt, and no other platform anything.
+#
+# Seen red: with the answers of all platforms judged in one statement, and no redrive_http_drive() meanwhile, requests that were
+# answered ran out of time.
+start_over();
+platform($node, $receiver, 'evil', '/numbers/9000', "max_retries => 0, success_when => 'exists(\$[*] ? (exists(\$[*] ? (@ < 0))))'");
+platform($node, $receiver, 'well', '/delay/0.3', "max_retries => 0, timeout => '2 s', connect_timeout => '2 s'");
+sql("SELECT count(redrive.record_task('t' || n, 'new')) FROM generate_series(1, 8) AS n");
+becomes('well', 'delivered', 'beside a platform whose success_when takes long: delivered');
+becomes('evil', 'dead', '... and that one is given up');
+is(sql("SELECT DISTINCT error_class || ' ' || attempts || ' ' || message " . status('evil')), 'rejected 1 success_when takes too long.', '... as rejected, after an attempt');
+start_over();
+
+# One answer that cannot be judged costs the others of its platform nothing.
+#
+# Seen red: with all rejected in redrive_judge_answers() (flow/push_judge.c) when they cannot be judged at once.
+platform($node, $receiver, 'poison', '/poison', "max_retries => 0, success_when => '\$.code == 0'");
+sql("SELECT count(redrive.record_task(key, 'new')) FROM unnest(ARRAY['good', 'bad', 'after', 'last']) AS key");
+ok(poll_until($node, "SELECT string_agg(task_key || ' ' || state, ', ' ORDER BY task_key) = 'after delivered, bad dead, good delivered, last delivered' " . status('poison')), 'one answer cannot be judged')
+  || diag(sql('SELECT task_key, state, message ' . status('poison')));
+is(sql("SELECT DISTINCT message " . status('poison') . " AND task_key = 'bad'"), 'The answer cannot be judged by success_when.', '... which its push says');
 
 # Bodies that cannot be sent, or cannot even be made: here of bytes that are in no encoding.
 #
