@@ -63,10 +63,12 @@ SELECT redrive.submit('work', ARRAY(SELECT CASE i WHEN 8 THEN '{"wait": 1}' ELSE
     ARRAY(SELECT 'key ' || i FROM generate_series(1, 100) AS i), label => 'running');
 SELECT redrive.submit('work', ARRAY['1', '2']::jsonb[], ARRAY['later', NULL], run_at => now() + interval '1 day', label => 'later');
 SELECT redrive.add_items(redrive.open_batch('work', label => 'open'), ARRAY['1']::jsonb[]);
+SELECT redrive.create_platform('desk', 'https://192.0.2.1/'), redrive.pause_platform('desk'), redrive.record_task('form', 'new');
 });
 ok(poll_until($node, "SELECT count(*) FROM redrive.workers WHERE item_no = 8", '1', dbname => 'origin'), 'a worker is within an item');
 my $dir = File::Temp->newdir();
 command_ok([ 'pg_dump', '-f', "$dir/dump.sql", $node->connstr('origin') ], 'pg_dump of live batches');
+command_ok([ 'pg_dump', '-Fc', '-f', "$dir/dump", $node->connstr('origin') ], '... in a format for pg_restore');
 my $elsewhere = new_node('elsewhere', extension => 0, conf => 'redrive.enabled = off');
 $node->append_conf('postgresql.conf', 'redrive.enabled = off');
 $node->reload;
@@ -82,6 +84,19 @@ foreach my $on ($node, $elsewhere)
 	verified_ok($on, 'restored on ' . $on->name, 'restored');
 	is($on->safe_psql('restored', "SELECT redrive.is_locked('work', 'later'), (redrive.classify('work', 'ZZ001')).error_class"), 't|mine', '... locks and rules');
 }
+
+# In parallel, as docs/operations.md says.
+#
+# Seen red: with one pg_restore -j 4, "violates foreign key constraint".
+$elsewhere->safe_psql('postgres', 'CREATE DATABASE parallel');
+foreach my $part ([ '--section=pre-data' ], [ '--section=data', '-n', 'redrive' ], [ '--section=data', '--section=post-data', '-N', 'redrive', '-j', '4' ])
+{
+	command_ok([ 'pg_restore', '-d', $elsewhere->connstr('parallel'), @$part, "$dir/dump" ], "pg_restore @$part");
+}
+my $restored = q{SELECT (SELECT count(*) FROM redrive.batch_progress), (SELECT count(*) FROM redrive.failed_items), (SELECT count(*) FROM redrive.push_status), (SELECT count(*) FROM redrive.platform_health), (SELECT count(*) > 0 FROM effects)};
+is($elsewhere->safe_psql('parallel', $restored), $elsewhere->safe_psql('restored', $restored), '... has all that psql restores');
+verified_ok($elsewhere, 'restored in parallel', 'parallel');
+$elsewhere->safe_psql('postgres', 'DROP DATABASE parallel');
 foreach my $on ($node, $elsewhere)
 {
 	$on->safe_psql('restored', "UPDATE gates SET open = true");
