@@ -94,6 +94,7 @@ DECLARE
     v_column text;
 BEGIN
     PERFORM redrive._check_method(p_method);
+    PERFORM redrive._check_success_when(p_success_when);
     PERFORM redrive._check_platform(p_caller, p_url, p_allow_http, p_headers, p_allow_cidr);
     PERFORM redrive._warn_of_port(p_url, p_allow_cidr);
     INSERT INTO redrive.platforms (name, owner, url, method, headers, build, success_when, max_retries, retry_interval, retry_factor, retry_delay_max,
@@ -119,6 +120,18 @@ EXCEPTION
         GET STACKED DIAGNOSTICS v_column = COLUMN_NAME;
         RAISE EXCEPTION '% must not be null', v_column USING ERRCODE = '22004',
             HINT = 'Leave the argument out to get its default.';
+END
+$$;
+
+-- As far as an empty answer shows it.
+CREATE FUNCTION redrive._check_success_when(p_success_when jsonpath) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM jsonb_path_match('{}', p_success_when, '{}', true);
+EXCEPTION
+    WHEN undefined_object THEN
+        RAISE EXCEPTION 'invalid value for "success_when"' USING ERRCODE = '22023', DETAIL = format('It cannot be asked: %s.', SQLERRM),
+            HINT = 'The answer is $, and there are no variables: for example $.code == 0.';
 END
 $$;
 
@@ -150,6 +163,7 @@ BEGIN
         RAISE EXCEPTION 'cannot unset "%"', coalesce(v_wrong, 'NULL') USING ERRCODE = '22023', HINT = 'These can be unset: build, success_when, rate_limit.';
     END IF;
     PERFORM redrive._check_method(p_method);
+    PERFORM redrive._check_success_when(p_success_when);
     PERFORM redrive._check_platform(p_caller, coalesce(p_url, p.url), coalesce(p_allow_http, p.allow_http), coalesce(p_headers, p.headers), p_allow_cidr);
     IF p_url IS NOT NULL OR p_allow_cidr IS NOT NULL THEN
         PERFORM redrive._warn_of_port(coalesce(p_url, p.url), coalesce(p_allow_cidr, p.allow_cidr));

@@ -53,8 +53,7 @@ typedef struct Platform
 	const char **headers;		/* with room for ours at the end */
 	int			n_headers;
 	char	   *signing[2];		/* keys, or NULL */
-	char	   *hidden[5];		/* what is not kept of an answer; NULL =
-								 * unused */
+	List	   *hidden;			/* strings that are not kept of an answer */
 	RedriveAddressRange *allow;
 	int			n_allow;
 	int			timeout_ms;

@@ -14,6 +14,7 @@
 #include "common/base64.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/json.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -100,6 +101,31 @@ owner_of(Oid role, MemoryContext cxt)
 }
 
 /*
+ * Have a secret, if there is one, left out of what is kept of answers, as it is and as it
+ * stands in JSON: there are encoders that escape a slash, too.
+ */
+static void
+hide(Platform *p, char *secret)
+{
+	StringInfoData json;
+	StringInfoData slashes;
+
+	if (secret == NULL)
+		return;
+	initStringInfo(&json);
+	escape_json(&json, secret);
+	json.data[json.len - 1] = '\0';
+	initStringInfo(&slashes);
+	for (const char *c = json.data + 1; *c != '\0'; c++)
+		appendStringInfo(&slashes, *c == '/' ? "\\%c" : "%c", *c);
+	p->hidden = lappend(p->hidden, secret);
+	if (strcmp(json.data + 1, secret) != 0)
+		p->hidden = lappend(p->hidden, json.data + 1);
+	if (strcmp(slashes.data, json.data + 1) != 0)
+		p->hidden = lappend(p->hidden, slashes.data);
+}
+
+/*
  * Read one platform from a row of load_platforms, into a context of its own below
  * parent.  What it had before goes at the end: an error leaves something to use.
  */
@@ -115,7 +141,6 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	Datum	   *values;
 	int			n;
 	bool		has_type = false;
-	int			n_hidden = 0;
 	MemoryContext old_cxt = MemoryContextSwitchTo(cxt);
 
 	p->name = redrive_text(row, "name", cxt);
@@ -135,7 +160,7 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	p->signing[1] = redrive_text(row, "signing_previous", cxt);
 	p->trouble = redrive_bool(row, "secrets_lost") ? "its secrets are missing" : NULL;
 
-	memset(p->hidden, 0, sizeof(p->hidden));
+	p->hidden = NIL;
 	p->headers = redrive_check_headers(headers, false, OUR_HEADERS);
 	for (p->n_headers = 0; p->headers[p->n_headers] != NULL; p->n_headers++)
 		if (pg_strncasecmp(p->headers[p->n_headers], "content-type:", 13) == 0)
@@ -152,12 +177,12 @@ read_platform(Platform *p, int row, MemoryContext parent)
 		if (pg_b64_encode((const void *) basic, strlen(basic), encoded, length) < 0)
 			elog(ERROR, "could not encode a secret");
 		p->headers[p->n_headers++] = psprintf("Authorization: Basic %s", encoded);
-		p->hidden[n_hidden++] = encoded;
+		hide(p, encoded);
 	}
-	p->hidden[n_hidden++] = bearer;
-	p->hidden[n_hidden++] = basic;
-	p->hidden[n_hidden++] = p->signing[0];
-	p->hidden[n_hidden++] = p->signing[1];
+	hide(p, bearer);
+	hide(p, basic);
+	hide(p, p->signing[0]);
+	hide(p, p->signing[1]);
 	deconstruct_array(DatumGetArrayTypePCopy(redrive_column(row, "allow", &isnull)), TEXTOID, -1, false, TYPALIGN_INT, &values, NULL, &n);
 	p->allow = palloc(Max(n, 1) * sizeof(RedriveAddressRange));
 	p->n_allow = 0;

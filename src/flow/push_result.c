@@ -258,12 +258,13 @@ static char *
 kept_answer(Platform *platform, const RedriveHttpResult *http)
 {
 	char	   *text = redrive_clean_text(http->body, http->body_len, http->body_len);
+	ListCell   *lc;
 
-	for (int i = 0; i < lengthof(platform->hidden); i++)
+	foreach(lc, platform->hidden)
 	{
-		const char *secret = platform->hidden[i];
+		const char *secret = lfirst(lc);
 
-		for (char *found = text; secret != NULL && (found = strstr(found, secret)) != NULL;)
+		for (char *found = text; (found = strstr(found, secret)) != NULL;)
 			memset(found, '*', strlen(secret));
 	}
 	if (strlen(text) > REDRIVE_KEPT_ANSWER)
@@ -366,6 +367,6 @@ redrive_platform_ready_at(Platform *platform, TimestampTz now)
 	if (platform->in_flight >= most_at_once(platform))
 		return DT_NOEND;
 	if (platform->rate_limit > 0 && platform->tokens < 1)
-		return now + (TimestampTz) ((1 - platform->tokens) / platform->rate_limit * 1e6) + 1000;
+		return now + (TimestampTz) (Min((1 - platform->tokens) / platform->rate_limit, MAX_WAIT_S) * 1e6) + 1000;
 	return 0;
 }

@@ -37,6 +37,7 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"A b": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"A": "b\r\nHost: c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"Host": "c"}')$$),
+    ($$SELECT redrive.create_platform('x', 'https://x.example/', success_when => '$x == 1')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"Webhook-Id": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"a": "b", "A": "c"}')$$),
     ($$SELECT redrive.create_platform('x', 'https://x.example/', headers => '{"authorization": "Bearer secret"}')$$),

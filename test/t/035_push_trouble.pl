@@ -111,6 +111,21 @@ foreach my $before (0, 4085)
 	sql("SELECT redrive.drop_platform('echo')");
 }
 
+# A rate that is next to none.  Seen red: without MAX_WAIT_S in redrive_platform_ready_at() (flow/push_result.c) the pusher never sleeps.
+platform($node, $receiver, 'rare', '/rare', 'rate_limit => 1e-15');
+sql("SELECT redrive.record_task('rare ' || n, 'new') FROM generate_series(1, 2) AS n");
+ok(poll_until($node, "SELECT count(*) = 1 FROM redrive.push_attempts WHERE platform = 'rare' AND delivered"), 'one push of a platform with a rate of next to none');
+ok(poll_until($node, "SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'redrive pusher' AND datname = current_database() AND state_change < clock_timestamp() - interval '1 s'"),
+	'... and the pusher sleeps');
+sql("SELECT redrive.drop_platform('rare')");
+
+# The same in JSON.  Seen red: without "slashes" in hide() (flow/push_platform.c).
+sql("BEGIN; SELECT redrive.create_platform('escaped', 'http://127.0.0.1:$receiver->{port}/escaped', allow_http => true, allow_cidr => '{127.0.0.0/8}');
+	SELECT redrive.set_platform_secret('escaped', 'bearer', 'a/b+c/d'); COMMIT");
+becomes('escaped', 'delivered', 'an answer with an escaped secret');
+is(sql("SELECT DISTINCT response FROM redrive.push_attempts WHERE platform = 'escaped'"), '"Bearer *********"', '... is kept without it');
+sql("SELECT redrive.drop_platform('escaped')");
+
 # Answers that success_when cannot judge, each for another reason.
 #
 # Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher, without PG_TRY in ask()
