@@ -254,22 +254,27 @@ SELECT redrive.submit('do $label', ARRAY(SELECT to_jsonb(i) FROM generate_series
 	done_once($label, 20);
 }
 
-# --- the extension is updated while workers run: it locks all that they use
+# --- the extension is updated while workers run: it locks all that they use.  They wait until the library fits again
 my ($dir, $version) = split /\|/, $node->safe_psql('postgres', q{
 SELECT coalesce(current_setting('extension_destdir', true), '') || (SELECT setting FROM pg_config WHERE name = 'SHAREDIR') || '/extension', extversion
 FROM pg_extension WHERE extname = 'pg_redrive'});
 $dir = $1 . '/extension' if $node->safe_psql('postgres', "SELECT current_setting('extension_control_path', true)") =~ m{^([^:\$]+)};
 my $script = "$dir/pg_redrive--$version--$version.test.sql";
+my $back = "$dir/pg_redrive--$version.test--$version.sql";
 SKIP:
 {
-	open(my $file, '>', $script) or skip("cannot write to $dir", 7);
+	open(my $file, '>', $script) or skip("cannot write to $dir", 8);
 	print $file "ALTER TABLE redrive.batches ADD COLUMN added int;\nALTER TABLE redrive.chunks ADD COLUMN added int;\n"
 	  . "ALTER TABLE redrive.failures ADD COLUMN added int;\nALTER TABLE redrive.handlers ADD COLUMN added int;\n";
 	close($file);
+	append_to_file($back, "ALTER TABLE redrive.batches DROP COLUMN added;\nALTER TABLE redrive.chunks DROP COLUMN added;\n"
+		  . "ALTER TABLE redrive.failures DROP COLUMN added;\nALTER TABLE redrive.handlers DROP COLUMN added;\n");
 	start_batch('updated');
 	hang_free("ALTER EXTENSION pg_redrive UPDATE TO '$version.test'", 'the extension is updated');
 	unlink $script;
 	is($node->safe_psql('postgres', "SELECT extversion FROM pg_extension WHERE extname = 'pg_redrive'"), "$version.test", '... to the new version');
+	hang_free("ALTER EXTENSION pg_redrive UPDATE TO '$version'", '... and back');
+	unlink $back;
 	done_once('updated');
 	log_is_short(4, 'extension updated');
 }

@@ -119,17 +119,17 @@ ok(poll_until($node, "SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_ty
 	'... and the pusher sleeps');
 sql("SELECT redrive.drop_platform('rare')");
 
-# The same in JSON.  Seen red: without "slashes" in hide() (flow/push_platform.c).
+# The same in JSON.  Seen red: without unescape() in blot_out() (flow/push_result.c).
 sql("BEGIN; SELECT redrive.create_platform('escaped', 'http://127.0.0.1:$receiver->{port}/escaped', allow_http => true, allow_cidr => '{127.0.0.0/8}');
-	SELECT redrive.set_platform_secret('escaped', 'bearer', 'a/b+c/d'); COMMIT");
+	SELECT redrive.set_platform_secret('escaped', 'bearer', 'a/b+c"d'); COMMIT");
 becomes('escaped', 'delivered', 'an answer with an escaped secret');
-is(sql("SELECT DISTINCT response FROM redrive.push_attempts WHERE platform = 'escaped'"), '"Bearer *********"', '... is kept without it');
+is(sql("SELECT DISTINCT response FROM redrive.push_attempts WHERE platform = 'escaped'"), '"Bearer **************"', '... is kept without it');
 sql("SELECT redrive.drop_platform('escaped')");
 
 # Answers that success_when cannot judge, each for another reason.
 #
-# Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher, without PG_TRY in ask()
-# (flow/push_judge.c) the others do.
+# Seen red: without PG_TRY in is_json() (flow/push_result.c) the first ends the pusher.  The others need PG_TRY in ask()
+# (flow/push_judge.c).
 my %answers = (
 	deep => [ '/deep/30000', '$.code == 0' ],
 	zone => [ '/json/%7B%22at%22%3A%222024-01-01%22%7D', '$.at.datetime() < "2024-01-01T00:00:00+00".datetime()' ],
@@ -150,7 +150,7 @@ is(sql($pusher), $pid, 'the pusher is the same');
 
 # A success_when that takes long costs its own pushes an attempt, and no other platform anything.
 #
-# Seen red: with the answers of all platforms judged in one statement, and no redrive_http_drive() meanwhile, requests that were
+# When the answers of all platforms were judged in one statement, and libcurl was not driven meanwhile, requests that were
 # answered ran out of time.
 start_over();
 platform($node, $receiver, 'evil', '/numbers/9000', "max_retries => 0, success_when => 'exists(\$[*] ? (exists(\$[*] ? (@ < 0))))'");
@@ -163,7 +163,7 @@ start_over();
 
 # One answer that cannot be judged costs the others of its platform nothing.
 #
-# Seen red: with all rejected in redrive_judge_answers() (flow/push_judge.c) when they cannot be judged at once.
+# So redrive_judge_answers() (flow/push_judge.c) asks about one after the other when they cannot be judged at once.
 platform($node, $receiver, 'poison', '/poison', "max_retries => 0, success_when => '\$.code == 0'");
 sql("SELECT count(redrive.record_task(key, 'new')) FROM unnest(ARRAY['good', 'bad', 'after', 'last']) AS key");
 ok(poll_until($node, "SELECT string_agg(task_key || ' ' || state, ', ' ORDER BY task_key) = 'after delivered, bad dead, good delivered, last delivered' " . status('poison')), 'one answer cannot be judged')
