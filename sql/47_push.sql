@@ -4,6 +4,10 @@
 CREATE FUNCTION redrive._retry_delay(base interval, factor float8, most interval, n int, seed bigint) RETURNS interval
 LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__retry_delay';
 
+-- The body that is pushed when the platform has no build function: the task as JSON, NULL if that is too long.
+CREATE FUNCTION redrive._task_body(task_key text, status text, version bigint, process text, payload jsonb, created_at timestamptz, changed_at timestamptz) RETURNS text
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__task_body';
+
 -- End attempts of which nobody will tell any more: their lease is over, or
 -- with p_pusher given the pusher that held it is another one, which is dead.
 -- The request may have arrived, so it is charged.  What somebody has locked is left

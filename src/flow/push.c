@@ -25,36 +25,46 @@
  * No push is changed or locked by a claim: what is claimed stands in push_claims, and
  * $7 are those that have been, so that they are not taken again.  The version that is sent is
  * that of the task as this statement sees it, with the body of the same row: if a newer
- * one is wanted by then, the record finds out.  When there is not room for all, each
- * owner gets one, then each a second one, and so on.
+ * one is wanted by then, the record finds out.
  */
-static RedriveSql claim_pushes = {
-	.lookups = true,
-	.text =
-	"WITH due AS MATERIALIZED ("
-	" SELECT o.* FROM ("
-	"  SELECT w.*, d.*, row_number() OVER (PARTITION BY w.owner ORDER BY w.n, d.next_attempt_at) AS nth FROM ("
-	"   SELECT z.*, p.owner, p.config_version, $5 + p.lease AS lease_until"
-	"   FROM unnest($1, $2, $3, $4, $9) WITH ORDINALITY AS z (platform_id, room, probe, built, owner_room, n)"
-	"   JOIN redrive.platforms AS p ON p.platform_id = z.platform_id AND NOT p.paused) AS w"
-	"  CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key, x.next_attempt_at FROM redrive.pushes AS x"
-	"   WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5"
-	"   AND x.push_id NOT IN (SELECT unnest($7))"
-	"   ORDER BY x.next_attempt_at LIMIT w.room) AS d) AS o"
-	" WHERE o.nth <= o.owner_room ORDER BY o.nth, o.n LIMIT $8),"
-	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.version, c.body FROM due AS d"
-	"  CROSS JOIN LATERAL ("
-	"   SELECT t.version, CASE WHEN pg_column_size(t.payload) < 16384 OR octet_length(t.payload::text) <= " CppAsString2(REDRIVE_HTTP_MAX_BODY) " THEN"
-	"    json_build_object('task_key', t.task_key, 'status', t.status, 'version', t.version, 'process', t.process,"
-	"    'payload', t.payload, 'created_at', t.created_at, 'changed_at', t.changed_at)::text END AS body"
-	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id"
-	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c),"
-	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)"
-	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)"
-	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)"
-	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id"
-	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id",
+#define ASKED \
+	"SELECT z.*, p.owner, p.config_version, $5 + p.lease AS lease_until" \
+	" FROM unnest($1, $2, $3, $4, $9) WITH ORDINALITY AS z (platform_id, room, probe, built, owner_room, n)" \
+	" JOIN redrive.platforms AS p ON p.platform_id = z.platform_id AND NOT p.paused"
+#define DUE \
+	" CROSS JOIN LATERAL (SELECT x.push_id, x.task_id, x.push_key, x.next_attempt_at FROM redrive.pushes AS x" \
+	"  WHERE x.platform_id = w.platform_id AND NOT x.awaits_build AND x.state IN ('pending', 'waiting') AND x.next_attempt_at <= $5" \
+	"  AND x.push_id NOT IN (SELECT unnest($7))" \
+	"  ORDER BY x.next_attempt_at LIMIT w.room) AS d"
+#define CLAIM(due) \
+	"WITH due AS MATERIALIZED (" due " LIMIT $8)," \
+	" wanted AS MATERIALIZED (SELECT d.push_id, d.push_key, d.platform_id, d.config_version, d.probe, d.lease_until, c.version, c.body FROM due AS d" \
+	"  CROSS JOIN LATERAL (" \
+	"   SELECT t.version, redrive._task_body(t.task_key, t.status, t.version, t.process, t.payload, t.created_at, t.changed_at) AS body" \
+	"   FROM redrive.tasks AS t WHERE NOT d.built AND t.task_id = d.task_id" \
+	"   UNION ALL SELECT b.version, b.body FROM redrive.push_bodies AS b WHERE d.built AND b.push_id = d.push_id) AS c)," \
+	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)" \
+	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)" \
+	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)" \
+	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id" \
+	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id"
+#define CLAIM_TYPES \
 	.nargs = 9,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID, INT4ARRAYOID}
+
+static RedriveSql claim_of_one_owner = {
+	.lookups = true,
+	.text = CLAIM("SELECT w.*, d.* FROM (" ASKED " ORDER BY z.n) AS w" DUE),
+	CLAIM_TYPES
+};
+
+/* When there is not room for all, each owner gets one, then each a second one, and so on. */
+static RedriveSql claim_of_owners = {
+	.lookups = true,
+	.text = CLAIM("SELECT o.* FROM ("
+				  " SELECT w.*, d.*, row_number() OVER (PARTITION BY w.owner ORDER BY w.n, d.next_attempt_at) AS nth"
+				  " FROM (" ASKED ") AS w" DUE ") AS o"
+				  " WHERE o.nth <= o.owner_room ORDER BY o.nth, o.n"),
+	CLAIM_TYPES
 };
 
 /* $2 are those that have been claimed. */
@@ -172,6 +182,7 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 	Datum	   *probes = palloc(size * sizeof(Datum));
 	Datum	   *built = palloc(size * sizeof(Datum));
 	Platform  **asked = palloc(size * sizeof(Platform *));
+	bool		one_owner = true;
 	Datum		values[9];
 	PushClaim  *claim = NULL;
 	List	   *claimed = NIL;
@@ -197,6 +208,7 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 		probes[n] = BoolGetDatum(p->breaker == BREAKER_HALF_OPEN);
 		built[n] = BoolGetDatum(p->has_build);
 		asked[n] = p;
+		one_owner &= p->owner == asked[0]->owner;
 		n++;
 	}
 	if (n == 0)
@@ -209,11 +221,11 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 	values[4] = TimestampTzGetDatum(now);
 	values[5] = Int64GetDatum(pusher);
 	values[6] = under_way(asked, n, NIL);
-	values[7] = Int32GetDatum(room);
+	values[7] = Int32GetDatum(one_owner ? Min(room, asked[0]->owner->room) : room);
 	values[8] = redrive_array(INT4OID, n, owner_rooms, NULL);
 	/* a large body that was built is stored out of line */
 	PushActiveSnapshot(GetTransactionSnapshot());
-	rows = redrive_sql(&claim_pushes, values, NULL);
+	rows = redrive_sql(one_owner ? &claim_of_one_owner : &claim_of_owners, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
 		Claimed    *c = MemoryContextAllocZero(result_cxt, sizeof(Claimed));

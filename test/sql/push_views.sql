@@ -159,6 +159,13 @@ CROSS JOIN LATERAL (SELECT redrive._retry_delay('1 min', 2, '10 min', n, seed) A
 GROUP BY n ORDER BY n;
 SELECT redrive._retry_delay('1 min', 100, '100 years', 1000, 1) < interval '200 years' AS no_overflow, redrive._retry_delay('0', 100, '1 h', 1000, 1) AS at_once;
 
+-- A task as a body is what json_build_object() makes of it; what is longer than 1 MiB is none.
+SELECT b.body = json_build_object('task_key', t.task_key, 'status', t.status, 'version', 5, 'process', t.process, 'payload', t.payload,
+    'created_at', now(), 'changed_at', timestamptz '2020-01-01 UTC')::text AS same, octet_length(b.body) IS NULL AS too_long
+FROM (VALUES (E'k"\u00f6\n\\', '', NULL, '{"a": [1, 2.50, {"b": null}], "\u00f6": "\\u0041"}'), ('k', 's', 'p', '[]'), ('k', 's', '', '"s"'),
+    ('k', 's', 'p', to_jsonb(repeat('x', 1024 * 1024)))) AS t (task_key, status, process, payload)
+CROSS JOIN LATERAL (SELECT redrive._task_body(t.task_key, t.status, 5, t.process, t.payload, now(), '2020-01-01 UTC') AS body) AS b;
+
 -- Headers cannot be injected by alter_platform() either.
 BEGIN;
 SELECT redrive.create_platform('crm', 'https://crm.example/', headers => '{"X-Tenant": "a"}');
