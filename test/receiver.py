@@ -9,7 +9,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
-    /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
+    /gate (200 when there is no file DIRECTORY/gate any more)  /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
@@ -56,6 +56,10 @@ async def behave(path, number, headers, body, reader, writer):
         await answer(writer, 200, urllib.parse.unquote(rest[0]).encode())
     elif word == "delay":
         await asyncio.sleep(float(rest[0]))  # -- slow handler
+        await answer(writer, 200)
+    elif word == "gate":
+        while os.path.exists(os.path.join(directory, "gate")):
+            await asyncio.sleep(0.01)
         await answer(writer, 200)
     elif word == "late":
         await asyncio.sleep(float(rest[1]))  # -- slow handler
