@@ -85,7 +85,7 @@ DECLARE
     v_platform record;
     v_portion record;
     -- asked first: of a transaction that ends now the tasks are seen
-    v_open_since timestamptz := least(redrive._open_since(), p_as_of);
+    v_open_since timestamptz := redrive._open_since();
     v_done int[] := '{}';
     v_versions bigint[] := '{}';
     v_planned bigint := 0;
@@ -116,7 +116,7 @@ BEGIN
     v_reaped := redrive._reap_pushes(p_as_of, NULL);
     -- last, lest an owner waits for the pass; one that was changed meanwhile is looked at anew
     IF v_open_since IS NOT NULL THEN
-        UPDATE redrive.platforms AS p SET planned_at = v_open_since
+        UPDATE redrive.platforms AS p SET planned_at = least(v_open_since, p_as_of)
         FROM (
             SELECT x.platform_id
             FROM redrive.platforms AS x

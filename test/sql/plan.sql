@@ -97,6 +97,18 @@ UPDATE redrive.tasks SET changed_at = now() - interval '4 days';
 SELECT n, x.* FROM generate_series(1, 3) AS n, redrive.platforms AS p, redrive._plan_platform(p.platform_id, now() + n * interval '0', NULL, 4) AS x WHERE p.name = 'crm' ORDER BY n;
 ROLLBACK;
 
+-- While a transaction is prepared nothing is known of when it began, so the time to which all has been seen stands still.
+CREATE VIEW moved AS SELECT name, planned_at > now() - interval '1 hour' AS moved FROM redrive.platforms ORDER BY name;
+UPDATE redrive.platforms SET planned_at = now() - interval '1 day';
+BEGIN;
+CREATE TABLE prepared ();
+PREPARE TRANSACTION 'plan';
+SELECT * FROM redrive.push_tasks() \g /dev/null
+SELECT * FROM moved;
+ROLLBACK PREPARED 'plan';
+SELECT * FROM redrive.push_tasks() \g /dev/null
+SELECT * FROM moved;
+
 SELECT redrive.drop_platform('crm'), redrive.drop_platform('erp');
 DELETE FROM redrive.tasks;
 SELECT redrive.revoke_user('regress_plan');
