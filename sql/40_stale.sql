@@ -9,6 +9,13 @@ LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__preloaded';
 CREATE FUNCTION redrive._owner_needs_login() RETURNS boolean
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__owner_needs_login';
 
+-- May the owner of the extension, who asks for all, see what sessions of others do?  One who
+-- is no superuser may not; then nobody can be said to be missing.
+CREATE FUNCTION redrive._sees_sessions() RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT pg_has_role('pg_read_all_stats', 'USAGE')
+$$;
+
 -- Worker slots of this database in shared memory; none without preload.
 -- open_*: items done in the commit interval that is not committed yet.
 CREATE FUNCTION redrive._slots()

@@ -66,7 +66,7 @@ $$;
 
 -- Since when a transaction is open, at least: what changed before can be seen.  Without
 -- track_activities it is told by its session; NULL if there is a prepared one, of which
--- nothing is known.
+-- nothing is known, or if those of others cannot be seen.
 CREATE FUNCTION redrive._open_since() RETURNS timestamptz
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -74,7 +74,7 @@ BEGIN
     RETURN (
         SELECT min(CASE WHEN a.state = 'disabled' THEN a.backend_start ELSE a.xact_start END)
         FROM pg_stat_activity AS a
-        WHERE a.datname = current_database() AND a.backend_type NOT LIKE 'autovacuum%'
+        WHERE a.datname = current_database() AND a.backend_type NOT LIKE 'autovacuum%' AND redrive._sees_sessions()
           AND NOT EXISTS (SELECT FROM pg_prepared_xacts AS x WHERE x.database = current_database()));
 END
 $$;

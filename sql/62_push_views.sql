@@ -195,7 +195,7 @@ BEGIN
             RETURN QUERY SELECT 'there are no workers', 'pg_redrive is not in shared_preload_libraries.', 'Add it and restart the server.';
         ELSIF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
             RETURN QUERY SELECT 'redrive.enabled is off', 'Nothing is pushed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();';
-        ELSIF NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database()) THEN
+        ELSIF redrive._sees_sessions() AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database()) THEN
             RETURN QUERY SELECT 'the pusher is not running', 'The supervisor starts it when there is a free worker process.', 'Look in the server log for its errors; it takes one of max_worker_processes.';
         END IF;
     END IF;

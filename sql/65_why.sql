@@ -74,19 +74,22 @@ LANGUAGE sql STABLE AS $$
             format('GRANT CONNECT ON DATABASE %I TO %s;', current_database(), p_owner)
         WHERE p_needs_workers AND o.oid IS NOT NULL AND NOT has_database_privilege(o.oid, current_database(), 'CONNECT')
         UNION ALL
-        SELECT CASE WHEN g.proc IS NULL THEN f.what || ' missing' ELSE f.what || ' not executable' END,
-            CASE WHEN g.proc IS NULL THEN format('Function %s of %s "%s" does not exist.', f.signature, p_kind, p_name)
+        SELECT CASE WHEN p.oid IS NULL THEN f.what || ' missing' ELSE f.what || ' not executable' END,
+            CASE WHEN p.oid IS NULL THEN format('Function %s of %s "%s" does not exist.', f.signature, p_kind, p_name)
                  ELSE format('Role %s, the owner of %s "%s", may not execute function %s.', p_owner, p_kind, p_name, f.signature) END,
-            CASE WHEN g.proc IS NULL THEN format('Create the function again, or name another one with redrive.alter_%s(%L, ...).', p_kind, p_name)
-                 WHEN has_function_privilege(o.oid, g.proc, 'EXECUTE') THEN format('GRANT USAGE ON SCHEMA %s TO %s;', p.pronamespace::regnamespace, p_owner)
+            CASE WHEN p.oid IS NULL THEN format('Create the function again, or name another one with redrive.alter_%s(%L, ...).', p_kind, p_name)
+                 WHEN has_function_privilege(o.oid, p.oid, 'EXECUTE') THEN format('GRANT USAGE ON SCHEMA %s TO %s;', p.pronamespace::regnamespace, p_owner)
                  ELSE format('GRANT EXECUTE ON FUNCTION %s TO %s;', f.signature, p_owner) END
         FROM unnest(p_what, p_signatures) AS f (what, signature)
-        CROSS JOIN LATERAL (SELECT to_regprocedure(f.signature)::oid AS proc) AS g
-        LEFT JOIN pg_proc AS p ON p.oid = g.proc
+        -- to_regprocedure() asks for rights on the schema
+        CROSS JOIN LATERAL (SELECT parse_ident(f.signature, false) AS name) AS i
+        LEFT JOIN pg_namespace AS n ON n.nspname = i.name[1]
+        LEFT JOIN pg_proc AS p ON p.pronamespace = n.oid AND p.proname = i.name[2]
+            AND right(f.signature, length(oidvectortypes(p.proargtypes)) + 2) = '(' || oidvectortypes(p.proargtypes) || ')'
         WHERE f.signature IS NOT NULL
-          AND (g.proc IS NULL
+          AND (p.oid IS NULL
                OR (o.oid IS NOT NULL
-                   AND NOT (has_function_privilege(o.oid, g.proc, 'EXECUTE') AND has_schema_privilege(o.oid, p.pronamespace, 'USAGE'))))
+                   AND NOT (has_function_privilege(o.oid, p.oid, 'EXECUTE') AND has_schema_privilege(o.oid, p.pronamespace, 'USAGE'))))
     ) AS r
 $$;
 

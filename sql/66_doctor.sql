@@ -29,7 +29,7 @@ BEGIN
         (SELECT a.default_version FROM pg_available_extensions AS a WHERE a.name = 'pg_redrive')) AS v;
 
     IF NOT redrive._preloaded() THEN
-        RETURN QUERY VALUES ('error', format('pg_redrive is not preloaded, so there are no workers: shared_preload_libraries is "%s".', current_setting('shared_preload_libraries')),
+        RETURN QUERY VALUES ('error', format('pg_redrive is not preloaded, so there are no workers: shared_preload_libraries is "%s".', coalesce(redrive._setting('shared_preload_libraries'), '...')),
             'add pg_redrive to shared_preload_libraries and restart the server; until then CALL redrive.work();');
     ELSE
         IF NOT current_setting('redrive.enabled')::boolean THEN
@@ -170,6 +170,35 @@ LANGUAGE sql STABLE AS $$
     GROUP BY s.reason
 $$;
 
+-- What the owner of the extension, as whom all this is asked, has no right to see, being no superuser any more.
+CREATE FUNCTION redrive._sees_files() RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT has_table_privilege('pg_file_settings', 'SELECT') AND has_function_privilege('pg_show_all_file_settings()', 'EXECUTE')
+$$;
+
+CREATE FUNCTION redrive._doctor_rights() RETURNS TABLE (severity text, finding text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT 'warning',
+        format('Role %I, which owns pg_redrive, is no superuser and may not see %s: what is wrong there is not found.', current_user, string_agg(r.what, ', ' ORDER BY r.place)),
+        string_agg(format(r.remedy, current_user), ' ' ORDER BY r.place)
+    FROM (VALUES
+        (1, redrive._sees_sessions(), 'what sessions of other roles do', 'GRANT pg_read_all_stats TO %I;'),
+        (2, pg_has_role('pg_read_all_settings', 'USAGE'), 'what is preloaded', 'GRANT pg_read_all_settings TO %I;'),
+        (3, redrive._sees_files(), 'settings in files', 'GRANT SELECT ON pg_file_settings TO %1$I; GRANT EXECUTE ON FUNCTION pg_show_all_file_settings() TO %1$I;')) AS r (place, allowed, what, remedy)
+    WHERE NOT r.allowed
+    HAVING count(*) > 0
+$$;
+
+CREATE FUNCTION redrive._file_setting(p_name text) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF NOT redrive._sees_files() THEN
+        RETURN NULL;
+    END IF;
+    RETURN (SELECT f.setting FROM pg_file_settings AS f WHERE f.name = p_name AND f.applied);
+END
+$$;
+
 -- Handlers that cannot run, and settings of their owners that end workers.
 CREATE FUNCTION redrive._doctor_handlers() RETURNS TABLE (severity text, finding text, remedy text)
 LANGUAGE sql STABLE AS $$
@@ -205,9 +234,7 @@ LANGUAGE sql STABLE AS $$
               AND ((d.setrole = h.owner::oid AND d.setdatabase = 0)
                    OR (d.setrole = 0 AND d.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))))
             UNION ALL
-            SELECT 5, f.setting
-            FROM pg_file_settings AS f
-            WHERE f.name = w.name AND f.applied
+            SELECT 5, redrive._file_setting(w.name)
         ) AS v
         ORDER BY h.owner, w.name, v.place
     ) AS s
@@ -265,6 +292,7 @@ LANGUAGE sql STABLE AS $$
     SELECT 'error', 'There are platforms, but the pusher is not running.', 'look in the server log for its errors; it takes one of max_worker_processes'
     WHERE EXISTS (SELECT FROM redrive.platforms AS p WHERE NOT p.paused) AND redrive._preloaded() AND coalesce(current_setting('redrive.enabled', true), 'on')::boolean
       AND NOT pg_is_in_recovery()
+      AND redrive._sees_sessions()
       AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'redrive pusher' AND a.datname = current_database())
     UNION ALL
     SELECT s.severity, s.finding, s.remedy
@@ -294,6 +322,8 @@ BEGIN
         SELECT 5, s.* FROM redrive._doctor_pushes(p_as_of) AS s
         UNION ALL
         SELECT 6, s.* FROM redrive._doctor_server(p_as_of) AS s
+        UNION ALL
+        SELECT 7, s.* FROM redrive._doctor_rights() AS s
     ) AS f
     ORDER BY f.severity, f.side, f.finding COLLATE "C";
     IF NOT FOUND THEN

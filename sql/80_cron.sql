@@ -11,20 +11,30 @@ LANGUAGE sql IMMUTABLE AS $$
     FROM (VALUES ('rescue_stale', $1), ('retry_failed', $1), ('push_tasks', $1), ('purge', '7 * * * *')) AS p (pass, schedule)
 $$;
 
+-- A setting; NULL if there is none of this name, or the role may not see it.
+CREATE FUNCTION redrive._setting(p_name text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT s.setting FROM pg_settings AS s WHERE s.name = $1
+$$;
+
 -- Raise an error that says why pg_cron cannot be used in this database, and
 -- what to do about it.
 CREATE FUNCTION redrive._check_cron(p_schedule text) RETURNS void
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     -- defined by the preloaded library of pg_cron
-    v_database text := current_setting('cron.database_name', true);
+    v_database text := redrive._setting('cron.database_name');
     v_here text := current_database();
     v_statements text;
 BEGIN
+    IF NOT pg_has_role('pg_read_all_settings', 'USAGE') THEN
+        RAISE EXCEPTION 'permission denied to look for pg_cron' USING ERRCODE = '42501',
+            DETAIL = format('Role "%s" may not see what is preloaded.', current_user), HINT = format('Ask a superuser to run GRANT pg_read_all_settings TO %I.', current_user);
+    END IF;
     -- the setting alone may be a left-over line of the configuration file
-    IF v_database IS NULL OR current_setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN
+    IF v_database IS NULL OR redrive._setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN
         RAISE EXCEPTION 'pg_cron is not loaded' USING ERRCODE = '55000',
-            DETAIL = format('shared_preload_libraries is "%s".', current_setting('shared_preload_libraries')),
+            DETAIL = format('shared_preload_libraries is "%s".', redrive._setting('shared_preload_libraries')),
             HINT = format('Put pg_cron in shared_preload_libraries, set cron.database_name = ''%s'', restart the server, and run CREATE EXTENSION pg_cron. Without pg_cron, call redrive.run_pass() from another scheduler.', v_here);
     ELSIF v_database <> v_here THEN
         SELECT string_agg(CASE WHEN p_schedule IS NULL
@@ -39,6 +49,9 @@ BEGIN
         RAISE EXCEPTION 'extension "pg_cron" does not exist' USING ERRCODE = '55000',
             DETAIL = format('It is loaded and its database is "%s".', v_database),
             HINT = 'Run CREATE EXTENSION pg_cron, then try again.';
+    ELSIF NOT has_schema_privilege('cron', 'USAGE') THEN
+        RAISE EXCEPTION 'permission denied for schema cron' USING ERRCODE = '42501',
+            DETAIL = format('Jobs of pg_cron are in it, and role "%s" may not see them.', current_user), HINT = format('Ask a superuser to run GRANT USAGE ON SCHEMA cron TO %I.', current_user);
     END IF;
 END
 $$;
@@ -100,8 +113,8 @@ COMMENT ON FUNCTION redrive.unschedule_passes IS
 CREATE FUNCTION redrive._cron_processes() RETURNS int
 LANGUAGE sql STABLE AS $$
     SELECT CASE
-        WHEN current_setting('shared_preload_libraries') !~ '[[:<:]]pg_cron[[:>:]]' THEN 0
-        WHEN current_setting('cron.use_background_workers', true) = 'on' THEN 1 + (SELECT count(*)::int FROM redrive._cron_jobs(''))
+        WHEN coalesce(redrive._setting('shared_preload_libraries'), '') !~ '[[:<:]]pg_cron[[:>:]]' THEN 0
+        WHEN redrive._setting('cron.use_background_workers') = 'on' THEN 1 + (SELECT count(*)::int FROM redrive._cron_jobs(''))
         ELSE 1
     END
 $$;
@@ -123,10 +136,10 @@ BEGIN
     BEGIN
         PERFORM redrive._check_cron('* * * * *');
         v_here := true;
-    EXCEPTION WHEN object_not_in_prerequisite_state THEN
+    EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN
         GET STACKED DIAGNOSTICS v_trouble = MESSAGE_TEXT, v_hint = PG_EXCEPTION_HINT;
     END;
-    IF v_here AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'pg_cron launcher') THEN
+    IF v_here AND redrive._sees_sessions() AND NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.backend_type = 'pg_cron launcher') THEN
         RETURN QUERY VALUES ('error', 'The process "pg_cron launcher" is not there.', 'look in the server log for its errors; pg_terminate_backend() ends it until the server is restarted');
     END IF;
 

@@ -760,6 +760,11 @@ COMMENT ON FUNCTION redrive._why_not_sent IS 'What keeps a push that is due from
 COMMENT ON FUNCTION redrive._max_sockets IS 'How many sockets a process may open';
 COMMENT ON FUNCTION redrive._doctor_sockets IS 'For the doctor: are there enough sockets for the pusher?';
 COMMENT ON FUNCTION redrive._doctor_pushes IS 'For the doctor: platforms and pushes';
+COMMENT ON FUNCTION redrive._doctor_rights IS 'For the doctor: what it cannot see itself';
+COMMENT ON FUNCTION redrive._sees_sessions IS 'May the owner of the extension see what sessions of others do?';
+COMMENT ON FUNCTION redrive._sees_files IS 'May the owner of the extension see settings in files?';
+COMMENT ON FUNCTION redrive._file_setting IS 'A setting as it is in the files of the server; NULL if there is none';
+COMMENT ON FUNCTION redrive._setting IS 'A setting; NULL if there is none, or it may not be seen';
 COMMENT ON SEQUENCE redrive.http_log_http_log_id_seq IS 'Numbers of calls';
 COMMENT ON SEQUENCE redrive.platforms_platform_id_seq IS 'Numbers of platforms';
 COMMENT ON SEQUENCE redrive.push_claims_claim_id_seq IS 'Numbers of claims of pushes';

@@ -11,6 +11,7 @@
  */
 #include "postgres.h"
 
+#include "catalog/pg_authid.h"
 #include "commands/trigger.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
@@ -99,8 +100,9 @@ redrive_commit_after_segment(void)
  * Fire deferred triggers now, as the role of the items, and defer again what
  * is deferred by default.
  *
- * The latter fires nothing, and is done with our rights: the owner of the
- * handler need not have rights on all schemas that have such a constraint.
+ * The latter fires nothing, and is done with the rights of a superuser: neither
+ * the owner of the handler nor that of the extension need have rights on all
+ * schemas that have such a constraint.
  */
 void
 redrive_fire_deferred(void)
@@ -124,7 +126,7 @@ redrive_fire_deferred(void)
 	stmt->constraints = deferred;
 	stmt->deferred = true;
 	GetUserIdAndSecContext(&save_user, &save_context);
-	SetUserIdAndSecContext(redrive_owner(), save_context | SECURITY_LOCAL_USERID_CHANGE);
+	SetUserIdAndSecContext(BOOTSTRAP_SUPERUSERID, save_context | SECURITY_LOCAL_USERID_CHANGE);
 	AfterTriggerSetState(stmt);
 	SetUserIdAndSecContext(save_user, save_context);
 }
