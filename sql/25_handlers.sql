@@ -108,7 +108,7 @@ BEGIN
     WHERE u IS NULL OR u NOT IN ('retry_delay', 'item_timeout', 'max_workers', 'tolerated_failures', 'on_unlock', 'on_finish')
     LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'cannot unset "%"', coalesce(v_wrong, 'NULL') USING ERRCODE = '22023',
+        RAISE EXCEPTION 'cannot unset "%"', coalesce(v_wrong, 'NULL') USING ERRCODE = '22023', DETAIL = 'It is no setting, or one that has to have a value.',
             HINT = 'These can be unset: retry_delay, item_timeout, max_workers, tolerated_failures, on_unlock, on_finish.';
     END IF;
     UPDATE redrive.handlers SET

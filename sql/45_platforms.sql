@@ -42,6 +42,17 @@ BEGIN
 END
 $$;
 
+-- What a constraint can ask of a list only.
+CREATE FUNCTION redrive._check_list(p_name text, p_list anyarray) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF array_ndims(p_list) > 1 THEN
+        RAISE EXCEPTION 'invalid value for "%"', p_name USING ERRCODE = '22023', DETAIL = format('It is an array of %s dimensions.', array_ndims(p_list)),
+            HINT = 'Give a list, for example ARRAY[a, b].';
+    END IF;
+END
+$$;
+
 -- What a constraint cannot check.  Ranges of private addresses are opened by
 -- those only who answer for the whole server.
 CREATE FUNCTION redrive._check_platform(p_caller oid, p_url text, p_allow_http boolean, p_headers jsonb, p_allow_cidr cidr[]) RETURNS void
@@ -95,6 +106,7 @@ DECLARE
 BEGIN
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_success_when(p_success_when);
+    PERFORM redrive._check_list('permanent_status', p_permanent_status), redrive._check_list('allow_cidr', p_allow_cidr);
     PERFORM redrive._check_platform(p_caller, p_url, p_allow_http, p_headers, p_allow_cidr);
     PERFORM redrive._warn_of_port(p_url, p_allow_cidr);
     INSERT INTO redrive.platforms (name, owner, url, method, headers, build, success_when, max_retries, retry_interval, retry_factor, retry_delay_max,
@@ -160,10 +172,12 @@ DECLARE
 BEGIN
     SELECT u INTO v_wrong FROM unnest(v_unset) AS u WHERE u IS NULL OR u NOT IN ('build', 'success_when', 'rate_limit') LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'cannot unset "%"', coalesce(v_wrong, 'NULL') USING ERRCODE = '22023', HINT = 'These can be unset: build, success_when, rate_limit.';
+        RAISE EXCEPTION 'cannot unset "%"', coalesce(v_wrong, 'NULL') USING ERRCODE = '22023', DETAIL = 'It is no setting, or one that has to have a value.',
+            HINT = 'These can be unset: build, success_when, rate_limit.';
     END IF;
     PERFORM redrive._check_method(p_method);
     PERFORM redrive._check_success_when(p_success_when);
+    PERFORM redrive._check_list('permanent_status', p_permanent_status), redrive._check_list('allow_cidr', p_allow_cidr);
     PERFORM redrive._check_platform(p_caller, coalesce(p_url, p.url), coalesce(p_allow_http, p.allow_http), coalesce(p_headers, p.headers), p_allow_cidr);
     IF p_url IS NOT NULL OR p_allow_cidr IS NOT NULL THEN
         PERFORM redrive._warn_of_port(coalesce(p_url, p.url), coalesce(p_allow_cidr, p.allow_cidr));

@@ -734,6 +734,7 @@ COMMENT ON FUNCTION redrive._warn_of_port IS 'Warning when pushes to this URL wi
 COMMENT ON FUNCTION redrive._bad_platform IS 'Raise an error about a value of a platform';
 COMMENT ON FUNCTION redrive._create_platform IS 'Body of create_platform()';
 COMMENT ON FUNCTION redrive._check_success_when IS 'Raise an error about a path that cannot be asked';
+COMMENT ON FUNCTION redrive._check_list IS 'Raise an error unless an array has one dimension';
 COMMENT ON FUNCTION redrive._check_method IS 'Raise an error unless a method is known';
 COMMENT ON FUNCTION redrive._alter_platform IS 'Body of alter_platform()';
 COMMENT ON FUNCTION redrive._rearm IS 'After a change of a platform: try what was blocked, close its breaker';

@@ -214,6 +214,7 @@ deconstruct_items(ArrayType *payload_array, ArrayType *key_array,
 		ereport(ERROR,
 				(errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
 				 errmsg("payloads and keys must be one-dimensional arrays"),
+				 errdetail("Payloads have %d dimensions, keys %d.", ARR_NDIM(payload_array), key_array == NULL ? 0 : ARR_NDIM(key_array)),
 				 errhint("Give one element per item.")));
 	deconstruct_array(payload_array, JSONBOID, -1, false, TYPALIGN_INT, payloads, &nulls, &n);
 	if (n == 0)

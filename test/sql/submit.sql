@@ -75,6 +75,10 @@ SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], ARRAY['a', 'b'])$
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], '{}')$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY[['1', '2'], ['3', '4']]::jsonb[])$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1', '2']::jsonb[], ARRAY[['a'], ['b']])$$);
+BEGIN;
+SELECT redrive.submit('h', '[5:6]={1,2}', '[0:1]={low,lower}', label => 'bounds') > 0 AS submitted;
+SELECT item_no, key, payload FROM redrive.items WHERE batch_id = batch('bounds') ORDER BY item_no;
+ROLLBACK;
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => 'infinity')$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '-infinity')$$);
 SELECT fails($$SELECT redrive.submit('h', ARRAY['1']::jsonb[], run_at => '294276-12-31 23:30+00')$$);
