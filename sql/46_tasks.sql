@@ -116,40 +116,57 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_kind "char";
     v_owner oid;
+    v_columns name[];
     v_missing name;
+    v_parent regclass;
     v_arguments text;
 BEGIN
     IF relation IS NULL OR key_column IS NULL OR status_column IS NULL THEN
         RAISE EXCEPTION 'relation, key_column and status_column must not be null' USING ERRCODE = '22004', HINT = 'Name a table, and the columns with the key and the status of each task.';
     END IF;
+    SELECT array_agg(c) INTO v_columns FROM unnest(payload_columns) AS c;
+    IF payload_columns IS NOT NULL AND (v_columns IS NULL OR array_position(v_columns, NULL) IS NOT NULL) THEN
+        RAISE EXCEPTION 'invalid value for "payload_columns"' USING ERRCODE = '22023', DETAIL = 'It is empty, or has a NULL in it.', HINT = 'Name columns of the table, or leave the argument out to get all.';
+    END IF;
     SELECT c.relkind, c.relowner INTO v_kind, v_owner FROM pg_class AS c WHERE c.oid = relation;
-    IF v_kind IS NULL OR v_kind NOT IN ('r', 'p') OR EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhrelid = relation) THEN
+    -- a statement calls the triggers of the table that it names, and no others
+    SELECT i.inhparent::regclass INTO v_parent
+    FROM pg_inherits AS i
+    WHERE i.inhrelid = relation AND NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = i.inhparent AND g.tgname = 'redrive_task_source_insert')
+    LIMIT 1;
+    IF v_kind IS NULL OR v_kind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION '% cannot be a source of tasks', relation USING ERRCODE = '42809',
-            DETAIL = 'It is not a table, or a part of another one.', HINT = 'Attach the table itself, of partitions the parent.';
+            DETAIL = 'It is not a table of this database.', HINT = 'Attach a table, or call redrive.record_task() where the status changes.';
+    ELSIF v_parent IS NOT NULL THEN
+        RAISE EXCEPTION '% cannot be a source of tasks', relation USING ERRCODE = '42809',
+            DETAIL = format('It is a part of %s, and what is written through that would not be recorded.', v_parent),
+            HINT = format('Attach %s, and then this one too if rows are written to it by its own name.', v_parent);
     ELSIF NOT pg_has_role(v_owner, 'USAGE') THEN
         RAISE EXCEPTION 'permission denied for table %', relation USING ERRCODE = '42501',
             DETAIL = 'It belongs to another role, and so will the tasks.', HINT = 'Ask the owner of the table to attach it.';
     END IF;
     SELECT n.name INTO v_missing
-    FROM unnest(ARRAY[key_column, status_column, test_column] || payload_columns) AS n (name)
+    FROM unnest(ARRAY[key_column, status_column, test_column] || v_columns) AS n (name)
     WHERE n.name IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_attribute AS a WHERE a.attrelid = relation AND a.attname = n.name AND a.attnum > 0 AND NOT a.attisdropped)
     LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'column "%" of % does not exist', v_missing, relation USING ERRCODE = '42703', HINT = 'Name columns of the table.';
+        RAISE EXCEPTION 'column "%" of % does not exist', v_missing, relation USING ERRCODE = '42703',
+            DETAIL = format('Its columns are %s.', (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute AS a WHERE a.attrelid = relation AND a.attnum > 0 AND NOT a.attisdropped)),
+            HINT = 'Name columns of the table.';
     ELSIF test_column IS NOT NULL AND (SELECT a.atttypid FROM pg_attribute AS a WHERE a.attrelid = relation AND a.attname = test_column) <> 'boolean'::regtype THEN
         RAISE EXCEPTION 'column "%" of % is not boolean', test_column, relation USING ERRCODE = '42804', HINT = 'The test column says true for tests.';
     ELSIF EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = relation AND g.tgname = 'redrive_task_source_insert') THEN
         RAISE EXCEPTION '% is attached already', relation USING ERRCODE = '42710', HINT = 'Run redrive.detach_task_source() first.';
     END IF;
     SELECT string_agg(quote_literal(coalesce(n.name, '')), ', ' ORDER BY n.place) INTO v_arguments
-    FROM unnest(ARRAY[key_column, status_column, test_column] || payload_columns) WITH ORDINALITY AS n (name, place);
+    FROM unnest(ARRAY[key_column, status_column, test_column] || v_columns) WITH ORDINALITY AS n (name, place);
     EXECUTE format('CREATE TRIGGER redrive_task_source_insert AFTER INSERT ON %s REFERENCING NEW TABLE AS redrive_rows FOR EACH STATEMENT EXECUTE FUNCTION redrive._task_source(%s)', relation, v_arguments);
     EXECUTE format('CREATE TRIGGER redrive_task_source_update AFTER UPDATE ON %s REFERENCING NEW TABLE AS redrive_rows FOR EACH STATEMENT EXECUTE FUNCTION redrive._task_source(%s)', relation, v_arguments);
 END
 $$;
 COMMENT ON FUNCTION redrive.attach_task_source IS
-'Record a task for each row of a table that is inserted or updated from now on, as a task of the table''s owner: key and status are texts of these columns, the payload an object of payload_columns (NULL = all). Rows without key or status are left out; test_column says which are tests. Deleted rows leave their tasks as they are. Errors: 42501 not your table, 42809 not a table, 42703 no such column, 42804 test_column not boolean, 42710 attached already.';
+'Record a task for each row of a table that is inserted or updated from now on, as a task of the table''s owner: key and status are texts of these columns, the payload an object of payload_columns (NULL = all). Rows without key or status are left out; test_column says which are tests. Deleted rows leave their tasks as they are. Errors: 42501 not your table, 42809 not a table, 42703 no such column, 42804 test_column not boolean, 22023 payload_columns empty or with a NULL, 42710 attached already.';
 
 CREATE FUNCTION redrive.detach_task_source(relation regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

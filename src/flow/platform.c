@@ -15,6 +15,7 @@
 #include "pgstat.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
@@ -24,6 +25,9 @@
 #include "flow/handler.h"
 
 #define BUILD_ARG 7
+
+/* of the trigger of a source of tasks */
+#define TEST_ARG 2
 
 PG_FUNCTION_INFO_V1(redrive_create_platform);
 PG_FUNCTION_INFO_V1(redrive_alter_platform);
@@ -112,6 +116,38 @@ static RedriveSql record_tasks = {
 };
 
 /*
+ * Check that a source of tasks still has the columns that it was attached with:
+ * names, in the order of the arguments of its trigger.
+ */
+static void
+check_source_columns(Relation source, char **names, int n)
+{
+	static const char *const roles[] = {"key", "status", "test mark"};
+	char	   *table = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(source)), RelationGetRelationName(source));
+
+	for (int i = 0; i < n; i++)
+	{
+		AttrNumber	column = get_attnum(RelationGetRelid(source), names[i]);
+		const bool	is_test = i == TEST_ARG;
+
+		if (is_test && names[i][0] == '\0')
+			continue;
+		if (column == InvalidAttrNumber)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNDEFINED_COLUMN),
+					 errmsg("column \"%s\" of %s does not exist", names[i], table),
+					 errdetail("The table is a source of tasks, and takes the %s of each task from this column.", i < lengthof(roles) ? roles[i] : "payload"),
+					 errhint("Run redrive.detach_task_source(%s), and redrive.attach_task_source() with the columns that it has now.", quote_literal_cstr(table))));
+		if (is_test && get_atttype(RelationGetRelid(source), column) != BOOLOID)
+			ereport(ERROR,
+					(errcode(ERRCODE_DATATYPE_MISMATCH),
+					 errmsg("column \"%s\" of %s is not boolean", names[i], table),
+					 errdetail("The table is a source of tasks, and the column says which are tests."),
+					 errhint("Run redrive.detach_task_source(%s), and redrive.attach_task_source() with another column.", quote_literal_cstr(table))));
+	}
+}
+
+/*
  * SQL: trigger _task_source(key, status, test, payload...)
  *
  * Reads the rows with the rights of who changed them, and records tasks of the
@@ -136,6 +172,7 @@ redrive__task_source(PG_FUNCTION_ARGS)
 				 errhint("Use redrive.attach_task_source().")));
 	args = data->tg_trigger->tgargs;
 	nargs = data->tg_trigger->tgnargs;
+	check_source_columns(data->tg_relation, args, nargs);
 
 	/* of several rows with one key the last one counts */
 	initStringInfo(&text);
@@ -154,8 +191,8 @@ redrive__task_source(PG_FUNCTION_ARGS)
 		appendStringInfoChar(&text, ')');
 	}
 	appendStringInfoString(&text, " AS payload, ");
-	if (args[2][0] != '\0')
-		appendStringInfo(&text, "coalesce(r.%s, false)", quote_identifier(args[2]));
+	if (args[TEST_ARG][0] != '\0')
+		appendStringInfo(&text, "coalesce(r.%s, false)", quote_identifier(args[TEST_ARG]));
 	else
 		appendStringInfoString(&text, "false");
 	appendStringInfoString(&text, " AS test FROM redrive_rows AS r) AS s WHERE s.key OPERATOR(pg_catalog.<>) '' AND s.status IS NOT NULL ORDER BY s.key, s.n DESC) AS t");
