@@ -8,7 +8,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
-    /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
+    /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /unicode (... with all characters escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /gate (200 when there is no file DIRECTORY/gate any more)  /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
@@ -48,6 +48,8 @@ async def behave(path, number, headers, body, reader, writer):
         await answer(writer, 200, ("x" * int(rest[0]) + headers["authorization"]).encode())
     elif word == "escaped":
         await answer(writer, 200, json.dumps(headers["authorization"]).replace("/", "\\/").encode())
+    elif word == "unicode":
+        await answer(writer, 200, ('"' + "".join("\\u%04X" % ord(c) for c in headers["authorization"]) + '"').encode())
     elif word == "status":
         await answer(writer, int(rest[0]))
     elif word == "retry-after":

@@ -14,7 +14,6 @@
 #include "common/base64.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/json.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -100,29 +99,12 @@ owner_of(Oid role, MemoryContext cxt)
 	return owner;
 }
 
-/*
- * Have a secret, if there is one, left out of what is kept of answers, as it is and as it
- * stands in JSON: there are encoders that escape a slash, too.
- */
+/* Have a secret, if there is one, left out of what is kept of answers. */
 static void
 hide(Platform *p, char *secret)
 {
-	StringInfoData json;
-	StringInfoData slashes;
-
-	if (secret == NULL)
-		return;
-	initStringInfo(&json);
-	escape_json(&json, secret);
-	json.data[json.len - 1] = '\0';
-	initStringInfo(&slashes);
-	for (const char *c = json.data + 1; *c != '\0'; c++)
-		appendStringInfo(&slashes, *c == '/' ? "\\%c" : "%c", *c);
-	p->hidden = lappend(p->hidden, secret);
-	if (strcmp(json.data + 1, secret) != 0)
-		p->hidden = lappend(p->hidden, json.data + 1);
-	if (strcmp(slashes.data, json.data + 1) != 0)
-		p->hidden = lappend(p->hidden, slashes.data);
+	if (secret != NULL)
+		p->hidden = lappend(p->hidden, secret);
 }
 
 /*

@@ -251,6 +251,37 @@ redrive_teach_platform(Push *push)
 }
 
 /*
+ * How much of the start of a text is this secret, as it is or as it may stand in JSON?
+ * There are encoders that escape slashes, or everything.  0 if it is something else.
+ */
+static size_t
+secret_length(const char *text, const char *secret)
+{
+	const char *t = text;
+
+	if (strncmp(text, secret, strlen(secret)) == 0)
+		return strlen(secret);
+	for (const char *s = secret; *s != '\0'; s++)
+	{
+		char		code[] = "\\u0000";
+
+		if (t[0] == '\\' && t[1] == 'u')
+		{
+			snprintf(code, sizeof(code), "\\u%04x", *s);
+			if (pg_strncasecmp(t, code, strlen(code)) != 0)
+				return 0;
+			t += strlen(code);
+			continue;
+		}
+		if (t[0] == '\\')
+			t++;
+		if (*t++ != *s)
+			return 0;
+	}
+	return t - text;
+}
+
+/*
  * Return what is kept of an answer.  There are platforms that repeat in it what
  * they were sent: secrets are blotted out, before it is cut.
  */
@@ -262,10 +293,8 @@ kept_answer(Platform *platform, const RedriveHttpResult *http)
 
 	foreach(lc, platform->hidden)
 	{
-		const char *secret = lfirst(lc);
-
-		for (char *found = text; (found = strstr(found, secret)) != NULL;)
-			memset(found, '*', strlen(secret));
+		for (char *c = text; *c != '\0'; c++)
+			memset(c, '*', secret_length(c, lfirst(lc)));
 	}
 	if (strlen(text) > REDRIVE_KEPT_ANSWER)
 		text[pg_mbcliplen(text, strlen(text), REDRIVE_KEPT_ANSWER)] = '\0';
