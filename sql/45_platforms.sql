@@ -135,15 +135,20 @@ EXCEPTION
 END
 $$;
 
--- As far as an empty answer shows it.
+-- A path is printed with quotes around each name and string, and $ before the quote of a variable only.
 CREATE FUNCTION redrive._check_success_when(p_success_when jsonpath) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    v_variable text := (
+        SELECT q.m[2]
+        FROM regexp_matches(p_success_when::text, '(\$?)"((?:[^"\\]|\\.)*)"', 'g') AS q (m)
+        WHERE q.m[1] = '$'
+        LIMIT 1);
 BEGIN
-    PERFORM jsonb_path_match('{}', p_success_when, '{}', true);
-EXCEPTION
-    WHEN undefined_object THEN
-        RAISE EXCEPTION 'invalid value for "success_when"' USING ERRCODE = '22023', DETAIL = format('It cannot be asked: %s.', SQLERRM),
+    IF v_variable IS NOT NULL THEN
+        RAISE EXCEPTION 'invalid value for "success_when"' USING ERRCODE = '22023', DETAIL = format('It has the variable "%s".', v_variable),
             HINT = 'The answer is $, and there are no variables: for example $.code == 0.';
+    END IF;
 END
 $$;
 

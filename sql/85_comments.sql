@@ -733,7 +733,7 @@ COMMENT ON FUNCTION redrive._check_platform IS 'Checks of a platform that a cons
 COMMENT ON FUNCTION redrive._warn_of_port IS 'Warning when pushes to this URL will be refused for its port';
 COMMENT ON FUNCTION redrive._bad_platform IS 'Raise an error about a value of a platform';
 COMMENT ON FUNCTION redrive._create_platform IS 'Body of create_platform()';
-COMMENT ON FUNCTION redrive._check_success_when IS 'Raise an error about a path that cannot be asked';
+COMMENT ON FUNCTION redrive._check_success_when IS 'Raise an error about a path with a variable';
 COMMENT ON FUNCTION redrive._check_list IS 'Raise an error unless an array has one dimension';
 COMMENT ON FUNCTION redrive._check_method IS 'Raise an error unless a method is known';
 COMMENT ON FUNCTION redrive._alter_platform IS 'Body of alter_platform()';

@@ -75,6 +75,13 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.attach_task_source('pg_class', 'oid', 'relname')$$)
 ) AS x (statement) CROSS JOIN LATERAL fails(x.statement) AS f;
 SELECT platform FROM redrive.platform_health;
+-- Variables of a path, also where an empty answer does not reach them, and what only looks like one.
+SELECT p AS path, f AS outcome
+FROM unnest(ARRAY['$.a == $x', '$.a ? (@.b > $"a b").c == 1', '$.list[$n] == 1', '$."a" == "\\\"$\" $x" && $.b like_regex "^" || $y == 2']) AS p
+CROSS JOIN LATERAL fails(format('SELECT redrive.alter_platform(''crm'', success_when => %L)', p)) AS f;
+SELECT p AS path, redrive.alter_platform('crm', success_when => p::jsonpath)
+FROM unnest(ARRAY['$."$x" == "$y"', '$ == "cost $"', '$."a$"."$" == "\"$\"" && $.b like_regex "$"']) AS p;
+SELECT redrive.alter_platform('crm', unset => '{success_when}');
 -- A secret is not in the context that callers add to an error.  Seen red: without error_context_stack in redrive_set_platform_secret().
 DO $$
 DECLARE
