@@ -293,8 +293,11 @@ kept_answer(Platform *platform, const RedriveHttpResult *http)
 
 	foreach(lc, platform->hidden)
 	{
-		for (char *c = text; *c != '\0'; c++)
-			memset(c, '*', secret_length(c, lfirst(lc)));
+		const char *secret = lfirst(lc);
+		const char	starts[] = {secret[0], '\\', '\0'};
+
+		for (char *c = text; (c = strpbrk(c, starts)) != NULL; c++)
+			memset(c, '*', secret_length(c, secret));
 	}
 	if (strlen(text) > REDRIVE_KEPT_ANSWER)
 		text[pg_mbcliplen(text, strlen(text), REDRIVE_KEPT_ANSWER)] = '\0';
