@@ -134,10 +134,10 @@ batch_is($node, 'woken');
 ok(poll_until($node, "SELECT count(*) FROM effects WHERE note = 'ended'", '1'), 'an executor calls on_finish');
 
 # --- the same with items that become due while it waits: retries and delayed ones
-submit('again', 3, 4);
-$session->query_safe(
-	"SELECT redrive.complete(c.chunk_id, c.lease_token, ARRAY[ROW(1, 'retry', 'again', NULL, '2 s')::redrive.outcome]) FROM redrive.claim('work') AS c WHERE c.item_no = 1");
 $waits = client_waits('second');
+# all in one transaction, so that it gets no item before
+$session->query_safe("BEGIN; SELECT redrive.submit('work', ARRAY['3', '4']::jsonb[], ARRAY['3', '4'], label => 'again');
+	SELECT redrive.complete(c.chunk_id, c.lease_token, ARRAY[ROW(1, 'retry', 'again', NULL, '1 s')::redrive.outcome]) FROM redrive.claim('work') AS c WHERE c.item_no = 1; COMMIT");
 ($items, $chunk, $token) = split /\|/, rows_of($waits);
 is($items, '3', 'a retry that becomes due ends the wait');
 complete($chunk, $token);
@@ -160,7 +160,7 @@ is($node->safe_psql('postgres', "SELECT pending FROM redrive.batch_progress WHER
 # but not committed.  When the lease ends another gets the rest, at no cost.
 my $dies = client(
 	[
-		"CREATE TEMP TABLE c AS SELECT * FROM redrive.claim('work', lease => '2 s', worker => 'dies')",
+		"CREATE TEMP TABLE c AS SELECT * FROM redrive.claim('work', worker => 'dies')",
 		"BEGIN; INSERT INTO effects (item) VALUES (11); SELECT redrive.settle(max(chunk_id), max(lease_token), ARRAY[ROW(2, 'ok', NULL, NULL, NULL)::redrive.outcome]) FROM c; COMMIT",
 		"BEGIN",
 		"INSERT INTO effects (item) VALUES (10)",
@@ -169,6 +169,8 @@ my $dies = client(
 ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* dies */%'", '1'), 'a client works on a claim');
 $waits = client_waits('heir');
 $dies->{run}->kill_kill(grace => 0);
+# its lease, which ends while the other one waits, however slow we are
+$node->safe_psql('postgres', "SELECT redrive.heartbeat(chunk_id, lease_token, '100 ms') FROM redrive.chunks WHERE worker = 'dies' AND state = 'running'");
 ($items, $chunk, $token) = split /\|/, rows_of($waits);
 is($items, '10', 'the rest is claimed by another when the lease ends, without any pass');
 is($node->safe_psql('postgres', "SELECT rescue_count FROM redrive.chunks WHERE chunk_id = $chunk"), '1', 'the loss is counted');

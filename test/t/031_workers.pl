@@ -50,7 +50,7 @@ sub check_worker
 		$worker = IPC::Run::start([ @command, "$top/examples/workers/$name", 'conformance' ],
 			'<' => \undef, '>' => \$out, '2>' => \$err, IPC::Run::timer(2 * $PostgreSQL::Test::Utils::timeout_default));
 	}
-	my $answer = script('check');
+	my $answer = script('check', '-v', "patience=$PostgreSQL::Test::Utils::timeout_default s");
 	unlike($answer, qr/^FAILED|ERROR/m, "$name keeps the contract");
 	like($answer, qr/^(\d+) passed, 0 failed$/m, '... in all its points');
 
@@ -88,7 +88,7 @@ my $worker;
 	local %ENV = ($node->_get_env(), PGUSER => 'worker', PGDATABASE => 'postgres');
 	$worker = IPC::Run::start([ '/usr/bin/python3', $broken, 'conformance' ], '<' => \undef, '>' => \my $out, '2>' => \my $err);
 }
-my $answer = script('check');
+my $answer = script('check', '-v', "patience=$PostgreSQL::Test::Utils::timeout_default s");
 like($answer, qr/^FAILED  each has one row with its result: expected 60 rows, 60 items, sum 73810, got 60 rows, 60 items, sum 73870$/m, '... and found out');
 like($answer, qr/ERROR:  the worker does not keep the contract/, '... which is an error');
 $worker->kill_kill;
