@@ -88,6 +88,7 @@ typedef struct RedriveDatabase
 	bool		fold_wanted;	/* an external worker ended a chunk */
 	TimestampTz folds_at;		/* the supervisor will see then whether it is;
 								 * the end of time if somebody has to wake it */
+	bool		prepared;		/* a transaction that wakes was prepared */
 	TimestampTz no_process_since;	/* a worker was wanted and there was no
 									 * process for it; 0 = there was */
 	RedriveHeldBack held_back[REDRIVE_MAX_HELD_BACK];	/* written by its

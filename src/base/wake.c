@@ -117,6 +117,19 @@ wake_claimers(uint32 groups)
 		}
 }
 
+/* Note that there is a prepared transaction whose commit has to wake somebody. */
+static void
+note_prepared(void)
+{
+	RedriveDatabase *database;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	database = redrive_find_database(MyDatabaseId);
+	if (database != NULL)
+		database->prepared = true;
+	LWLockRelease(redrive_shared->lock);
+}
+
 static void
 at_xact_end(XactEvent event, void *arg)
 {
@@ -141,6 +154,8 @@ at_xact_end(XactEvent event, void *arg)
 		if (created)
 			redrive_wake_launcher();
 	}
+	if (event == XACT_EVENT_PREPARE && (n_owners > 0 || claimers != 0 || supervisor || supervisor_by != DT_NOEND || pusher || fold || batch_ended))
+		note_prepared();
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
 	{
 		n_owners = 0;
@@ -224,6 +239,30 @@ redrive_wake_now(Oid owner, bool all, int64 batch_id)
 	LWLockRelease(redrive_shared->lock);
 	if (all || !woken)
 		wake_supervisor(DT_NOBEGIN);
+}
+
+/*
+ * A prepared transaction was committed.  Whom it wakes was forgotten when it was
+ * prepared, maybe by another session: everybody of this database, if there ever
+ * was one that wakes.
+ */
+void
+redrive_wake_prepared(void)
+{
+	RedriveDatabase *database;
+	bool		wakes;
+
+	LWLockAcquire(redrive_shared->lock, LW_SHARED);
+	database = redrive_find_database(MyDatabaseId);
+	wakes = database != NULL && database->prepared;
+	LWLockRelease(redrive_shared->lock);
+	if (!wakes)
+		return;
+	redrive_wake_now(InvalidOid, true, 0);
+	wake_claimers(PG_UINT32_MAX);
+	wake_pusher();
+	want_fold();
+	ConditionVariableBroadcast(&redrive_shared->batch_ended);
 }
 
 /* Let the supervisor see when the next work is due, after the commit. */

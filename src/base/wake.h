@@ -21,6 +21,7 @@ extern void redrive_wake_claimers_at_commit(Oid owner);
 extern RedriveClaimers *redrive_claimers(Oid owner);
 extern void redrive_wake_now(Oid owner, bool all, int64 batch_id);
 extern void redrive_batch_ended_at_commit(void);
+extern void redrive_wake_prepared(void);
 extern void redrive_wake_launcher(void);
 
 #endif							/* REDRIVE_WAKE_H */

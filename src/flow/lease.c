@@ -41,6 +41,9 @@
 #define LOOK_MS 200
 
 /* Below 2^53, that of JavaScript's numbers which are exact. */
+/* How often, lest a word be lost: as the supervisor (proc/supervisor.c). */
+#define TICK_MS 30000
+
 #define TOKEN_BITS 52
 
 PG_FUNCTION_INFO_V1(redrive_claim_external);
@@ -263,7 +266,7 @@ claim_or_wait(FunctionCallInfo fcinfo, Claim *found)
 		if (left <= 0)
 			return false;
 		redrive_free_rows();
-		sleep_for_work(owner, &woken, (long) (busy ? Min(left, BUSY_MS) : until_due(left)), wait_event);
+		sleep_for_work(owner, &woken, (long) (busy ? Min(left, BUSY_MS) : until_due(Min(left, TICK_MS))), wait_event);
 	}
 }
 

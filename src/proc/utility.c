@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * utility.c
- *	  Commands that need a database to themselves.
+ *	  Commands that need a database to themselves, and COMMIT PREPARED, which
+ *	  wakes whom the transaction would have woken.
  *
  * DROP DATABASE, CREATE DATABASE ... TEMPLATE, and ALTER DATABASE that renames
  * or moves one are refused while anybody is connected, and DROP EXTENSION locks
@@ -29,6 +30,7 @@
 #include "base/guc.h"
 #include "base/shmem.h"
 #include "base/spi_call.h"
+#include "base/wake.h"
 #include "flow/deferred.h"
 #include "proc/utility.h"
 
@@ -184,11 +186,19 @@ make_room(Node *stmt)
 	}
 }
 
+static bool
+is_commit_prepared(Node *stmt)
+{
+	return IsA(stmt, TransactionStmt) && ((TransactionStmt *) stmt)->kind == TRANS_STMT_COMMIT_PREPARED;
+}
+
 static void
 process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 				ProcessUtilityContext context, ParamListInfo params,
 				QueryEnvironment *env, DestReceiver *dest, QueryCompletion *qc)
 {
+	const bool	wakes = is_commit_prepared(pstmt->utilityStmt);
+
 	redrive_check_user_command(pstmt->utilityStmt);
 	if (context != PROCESS_UTILITY_SUBCOMMAND && redrive_shared != NULL)
 		make_room(pstmt->utilityStmt);
@@ -196,6 +206,8 @@ process_utility(PlannedStmt *pstmt, const char *query, bool read_only_tree,
 		previous_utility_hook(pstmt, query, read_only_tree, context, params, env, dest, qc);
 	else
 		standard_ProcessUtility(pstmt, query, read_only_tree, context, params, env, dest, qc);
+	if (wakes && redrive_shared != NULL)
+		redrive_wake_prepared();
 }
 
 /* Install the hook. */

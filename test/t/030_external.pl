@@ -148,6 +148,19 @@ $session->query_safe("SELECT redrive.send('work', '5', delay => '1 s')");
 is($items, '5', 'so does an item that was sent with a delay while it waited');
 complete($chunk, $token);
 
+# --- the same after COMMIT PREPARED, which may come from another session
+#
+# Seen red: without redrive_wake_prepared() in src/proc/utility.c both take up to a minute.
+$waits = client_waits('two-phase');
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.submit('work', ARRAY['6']::jsonb[], label => 'two-phase'); PREPARE TRANSACTION 'submit'");
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '/* two-phase */%' AND wait_event_type = 'Extension'", '1'), 'it waits on after PREPARE TRANSACTION');
+$node->safe_psql('postgres', "COMMIT PREPARED 'submit'");
+($items, $chunk, $token) = split /\|/, rows_of($waits);
+is($items, '6', 'COMMIT PREPARED ends the wait');
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.complete($chunk, $token); PREPARE TRANSACTION 'complete'");
+$node->safe_psql('postgres', "COMMIT PREPARED 'complete'");
+ok(poll_until($node, "SELECT state FROM redrive.batch_progress WHERE label = 'two-phase'", 'finished', timeout => 15), '... and the batch, when it ended a claim');
+
 # --- a client that is killed while it waits gets nothing
 $waits = client_waits('dead');
 $waits->{run}->kill_kill(grace => 0);
