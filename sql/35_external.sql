@@ -290,7 +290,7 @@ BEGIN
     PERFORM redrive._check_lease(p_lease);
     owner := h.owner;
     outcome := 'none';
-    IF h.paused THEN
+    IF h.paused OR NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
         RETURN NEXT;
         RETURN;
     END IF;

@@ -146,9 +146,9 @@ FROM redrive._live AS b
 CROSS JOIN LATERAL (
     SELECT CASE
         WHEN b.paused THEN format('none: the handler is paused, see redrive.resume_handler(%L)', b.handler)
+        WHEN NOT (SELECT coalesce(current_setting('redrive.enabled', true), 'on')::boolean) THEN 'none: redrive.enabled is off'
         WHEN b.kind = 'external' THEN 'none: no application claims it'
         WHEN NOT (SELECT redrive._preloaded()) THEN 'none: no workers, as pg_redrive is not in shared_preload_libraries; CALL redrive.work()'
-        WHEN NOT (SELECT coalesce(current_setting('redrive.enabled', true), 'on')::boolean) THEN 'none: redrive.enabled is off'
         WHEN (SELECT current_setting('redrive.max_workers', true)) = '0' THEN 'none: no workers, as redrive.max_workers is 0; CALL redrive.work()'
         WHEN NOT EXISTS (SELECT FROM pg_roles AS o WHERE o.oid = b.owner::oid AND (o.rolcanlogin OR NOT redrive._owner_needs_login()))
             THEN format('none: role %s may not log in, so it can have no workers; CALL redrive.work()', b.owner)

@@ -339,6 +339,10 @@ BEGIN
         RETURN;
     END IF;
 
+        IF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
+            RETURN QUERY VALUES ('redrive.enabled is off', 'Nothing is claimed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();');
+            v_blocked := true;
+        END IF;
     -- what others have
     v_busy := (SELECT count(*) FROM redrive.chunks AS c WHERE c.handler_id = h.handler_id AND c.state = 'running');
     IF v_busy >= h.max_workers THEN

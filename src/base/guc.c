@@ -134,7 +134,7 @@ redrive_define_settings(bool preloading)
 {
 	DefineCustomBoolVariable("redrive.enabled",
 							 "Runs batches in this cluster.",
-							 "When off, executors stop after their commit interval and passes do nothing.",
+							 "When off, executors stop after their commit interval, nothing is claimed, and passes do nothing.",
 							 &redrive_enabled, true,
 							 PGC_SIGHUP, 0, NULL, NULL, NULL);
 

@@ -22,6 +22,7 @@
 #include "utils/timestamp.h"
 
 #include "base/compat.h"
+#include "base/guc.h"
 #include "base/shmem.h"
 #include "base/spi_call.h"
 #include "base/wake.h"
@@ -40,10 +41,10 @@
 /* How often we look when nobody can tell us. */
 #define LOOK_MS 200
 
-/* Below 2^53, that of JavaScript's numbers which are exact. */
 /* How often, lest a word be lost: as the supervisor (proc/supervisor.c). */
 #define TICK_MS 30000
 
+/* Below 2^53, that of JavaScript's numbers which are exact. */
 #define TOKEN_BITS 52
 
 PG_FUNCTION_INFO_V1(redrive_claim_external);
@@ -195,7 +196,7 @@ claim_more(Datum *values, char *nulls, Claim *found)
 	TimestampTz now = GetCurrentTimestamp();
 	bool		isnull;
 
-	if (lot == 0 || now >= lot_until)
+	if (lot == 0 || now >= lot_until || !redrive_enabled)
 		return false;
 	values[5] = Int64GetDatum(lot);
 	values[6] = TimestampTzGetDatum(now);

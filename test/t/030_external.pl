@@ -161,6 +161,28 @@ $node->safe_psql('postgres', "BEGIN; SELECT redrive.complete($chunk, $token); PR
 $node->safe_psql('postgres', "COMMIT PREPARED 'complete'");
 ok(poll_until($node, "SELECT state FROM redrive.batch_progress WHERE label = 'two-phase'", 'finished', timeout => 15), '... and the batch, when it ended a claim');
 
+# --- redrive.enabled = off: nothing is claimed, and what was claimed is ended
+#
+# Seen red: with h.paused alone in redrive._claim_external the second one is claimed.
+$node->safe_psql('postgres', "SELECT redrive.submit('work', ARRAY['7', '8']::jsonb[], label => 'off')");
+my $claim = "SELECT payload, chunk_id, lease_token FROM redrive.claim('work', 1)";
+($items, $chunk, $token) = split /\|/, $node->safe_psql('postgres', $claim);
+is($items, '7', 'one is claimed');
+$node->append_conf('postgresql.conf', 'redrive.enabled = off');
+$node->reload;
+ok(poll_until($node, 'SHOW redrive.enabled', 'off'), 'switched off');
+is($node->safe_psql('postgres', $claim), '', 'nothing is claimed then');
+complete($chunk, $token);
+is($node->safe_psql('postgres', "SELECT b.succeeded, w.fact FROM redrive.batch_progress AS b CROSS JOIN LATERAL redrive.why(b.batch_id) AS w WHERE b.label = 'off'"),
+	'1|redrive.enabled is off', '... but a claim is ended, and why() says what is wrong');
+$node->append_conf('postgresql.conf', 'redrive.enabled = on');
+$node->reload;
+ok(poll_until($node, 'SHOW redrive.enabled', 'on'), 'switched on');
+($items, $chunk, $token) = split /\|/, $node->safe_psql('postgres', $claim);
+is($items, '8', 'the next one is claimed');
+complete($chunk, $token);
+batch_is($node, 'off');
+
 # --- a client that is killed while it waits gets nothing
 $waits = client_waits('dead');
 $waits->{run}->kill_kill(grace => 0);
