@@ -204,6 +204,19 @@ LANGUAGE sql STABLE AS $$
     WHERE b.batch_id = $1 AND b.state IN ('ready', 'running', 'retrying')
 $$;
 
+-- Who is changing a batch, so that claims pass over it: by whom its row is locked is in its xmax.  Our own processes have it
+-- for a moment, and are not to be ended; those whose xact_start is null began after our first look at pg_stat_activity.
+CREATE FUNCTION redrive._changed_by(p_caller oid, p_batch_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
+LANGUAGE sql STABLE AS $$
+    SELECT 'blocked by a lock', 'The batch is being changed by ' || k.detail, k.remedy
+    FROM redrive.batches AS x
+    JOIN pg_locks AS l ON l.locktype = 'transactionid' AND l.transactionid = x.xmax AND l.mode = 'ExclusiveLock' AND l.granted
+    CROSS JOIN LATERAL redrive._blockers($1, ARRAY[coalesce(l.pid, 0)]) AS k
+    WHERE x.batch_id = $2 AND l.pid IS DISTINCT FROM pg_backend_pid()
+      AND NOT EXISTS (SELECT FROM pg_stat_activity AS a
+                      WHERE a.pid = l.pid AND a.backend_type LIKE 'redrive %' AND (a.xact_start < clock_timestamp() - interval '10 s') IS NOT TRUE)
+$$;
+
 -- Why no application claims what a batch of an external handler has due.
 CREATE FUNCTION redrive._why_not_claimed(p_caller oid, p_batch_id bigint) RETURNS TABLE (fact text, detail text, remedy text)
 LANGUAGE sql STABLE AS $$
@@ -220,12 +233,7 @@ LANGUAGE sql STABLE AS $$
             format('wait, or SELECT redrive.alter_handler(%L, max_workers => %s);', h.name, h.max_workers + 1) AS remedy
         WHERE k.running >= h.max_workers
         UNION ALL
-        -- by whom the row is locked is in its xmax
-        SELECT 'blocked by a lock', 'The batch is being changed by ' || x.detail, x.remedy
-        FROM pg_locks AS l
-        CROSS JOIN LATERAL redrive._blockers($1, ARRAY[coalesce(l.pid, 0)]) AS x
-        WHERE l.locktype = 'transactionid' AND l.transactionid = b.xmax AND l.mode = 'ExclusiveLock' AND l.granted
-          AND l.pid IS DISTINCT FROM pg_backend_pid()
+        SELECT x.fact, x.detail, x.remedy FROM redrive._changed_by($1, b.batch_id) AS x
         UNION ALL
         SELECT 'not claimed',
             'No application claims it. '
@@ -331,6 +339,10 @@ BEGIN
     RETURN QUERY SELECT p.fact, p.detail, p.remedy FROM redrive._handler_problems(h.handler_id) AS p;
     v_blocked := h.paused OR FOUND;
     IF h.kind = 'external' THEN
+        IF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
+            RETURN QUERY VALUES ('redrive.enabled is off', 'Nothing is claimed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();');
+            v_blocked := true;
+        END IF;
         RETURN QUERY SELECT c.fact, c.detail, c.remedy FROM redrive._why_not_claimed(p_caller, p_batch_id) AS c WHERE NOT v_blocked;
         RETURN;
     END IF;
@@ -339,10 +351,6 @@ BEGIN
         RETURN;
     END IF;
 
-        IF NOT coalesce(current_setting('redrive.enabled', true), 'on')::boolean THEN
-            RETURN QUERY VALUES ('redrive.enabled is off', 'Nothing is claimed.', 'ALTER SYSTEM SET redrive.enabled = on; SELECT pg_reload_conf();');
-            v_blocked := true;
-        END IF;
     -- what others have
     v_busy := (SELECT count(*) FROM redrive.chunks AS c WHERE c.handler_id = h.handler_id AND c.state = 'running');
     IF v_busy >= h.max_workers THEN
@@ -362,14 +370,10 @@ BEGIN
         v_blocked := true;
         RETURN NEXT;
     END LOOP;
-    -- a claim passes over a batch whose row is locked, by whom is in its xmax; and over a handler that it cannot lock to count its
-    -- workers, whose xmax does not tell when a subtransaction has changed it
+    -- a claim passes over a batch whose row is locked; and over a handler that it cannot lock to count its workers, whose xmax
+    -- does not tell when a subtransaction has changed it
     FOR fact, detail, remedy IN
-        SELECT 'blocked by a lock', 'The batch is being changed by ' || k.detail, k.remedy
-        FROM redrive.batches AS x
-        JOIN pg_locks AS l ON l.locktype = 'transactionid' AND l.transactionid = x.xmax AND l.mode = 'ExclusiveLock' AND l.granted
-        CROSS JOIN LATERAL redrive._blockers(p_caller, ARRAY[coalesce(l.pid, 0)]) AS k
-        WHERE x.batch_id = b.batch_id AND l.pid IS DISTINCT FROM pg_backend_pid()
+        SELECT x.fact, x.detail, x.remedy FROM redrive._changed_by(p_caller, b.batch_id) AS x
         UNION ALL
         SELECT 'blocked by a lock', format('The workers of handler "%s" cannot be counted if it is being changed by %s', h.name, k.detail), k.remedy
         FROM pg_locks AS l

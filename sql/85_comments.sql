@@ -456,6 +456,7 @@ COMMENT ON FUNCTION redrive._unlock_keys IS 'Unlock keys of a batch and leave on
 COMMENT ON FUNCTION redrive._unlock_range IS 'Unlock the keys of items that became final outside of a worker';
 COMMENT ON FUNCTION redrive._wake IS 'Wake the workers of a role at commit';
 COMMENT ON FUNCTION redrive._blockers IS 'Who keeps a process waiting for a lock, as far as a role may know';
+COMMENT ON FUNCTION redrive._changed_by IS 'Who is changing a batch, so that claims pass over it';
 COMMENT ON FUNCTION redrive._cron_processes IS 'Background processes that pg_cron takes';
 COMMENT ON FUNCTION redrive._doctor IS 'Body of doctor()';
 COMMENT ON FUNCTION redrive._doctor_at IS 'What doctor() finds, or will find at another time';

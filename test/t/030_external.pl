@@ -183,6 +183,24 @@ is($items, '8', 'the next one is claimed');
 complete($chunk, $token);
 batch_is($node, 'off');
 
+# --- the supervisor, which folds what was ended, has the batch locked for a moment: nobody is told to end it
+#
+# Seen red: without NOT EXISTS in redrive._changed_by() it is "blocked by a lock".
+$node->safe_psql('postgres', "SELECT redrive.submit('work', ARRAY['9', '9']::jsonb[], label => 'folded')");
+($items, $chunk, $token) = split /\|/, $node->safe_psql('postgres', $claim);
+$session->query_safe(q{
+CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(9); RETURN NEW; END';
+CREATE TRIGGER hold BEFORE UPDATE ON redrive.batches FOR EACH ROW EXECUTE FUNCTION hold();
+SELECT pg_advisory_lock(9)});
+complete($chunk, $token);
+ok(poll_until($node, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'redrive supervisor' AND wait_event = 'advisory'", '1'), 'the supervisor folds');
+is($node->safe_psql('postgres', "SELECT w.fact FROM redrive.batch_progress AS b CROSS JOIN LATERAL redrive.why(b.batch_id) AS w WHERE b.label = 'folded'"),
+	'not claimed', '... which is not in the way');
+$session->query_safe('SELECT pg_advisory_unlock(9); DROP TRIGGER hold ON redrive.batches; DROP FUNCTION hold');
+($items, $chunk, $token) = split /\|/, $node->safe_psql('postgres', $claim);
+complete($chunk, $token);
+batch_is($node, 'folded');
+
 # --- a client that is killed while it waits gets nothing
 $waits = client_waits('dead');
 $waits->{run}->kill_kill(grace => 0);
