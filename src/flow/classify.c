@@ -287,7 +287,7 @@ redrive_judge_outcome(RedriveChunk *chunk, RedriveItem *item, RedriveOutcome *ou
 	failure = palloc0(sizeof(RedriveFailure));
 	error = palloc0(sizeof(ErrorData));
 	error->message = pstrdup(outcome->message ? outcome->message : defaults[outcome->kind].message);
-	if (code == NULL)
+	if (code == NULL || code[0] == '\0')
 		error->sqlerrcode = defaults[outcome->kind].sqlerrcode;
 	else if (strlen(code) == 5 && strspn(code, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ") == 5)
 		error->sqlerrcode = MAKE_SQLSTATE(code[0], code[1], code[2], code[3], code[4]);

@@ -142,8 +142,6 @@ take_outcome(RedriveCall *call, int from, int to, bool *said, Datum *values, boo
 	outcome->kind = parse_kind(values[O_OUTCOME]);
 	outcome->message = nulls[O_MESSAGE] ? NULL : TextDatumGetCString(values[O_MESSAGE]);
 	outcome->code = nulls[O_CODE] ? NULL : TextDatumGetCString(values[O_CODE]);
-	if (outcome->code != NULL && outcome->code[0] == '\0')
-		outcome->code = NULL;
 	outcome->delay = NULL;
 	if (!nulls[O_DELAY])
 	{

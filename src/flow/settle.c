@@ -423,6 +423,7 @@ settle(FunctionCallInfo fcinfo, bool closes)
 	Oid		   *declared;
 	int			nargs;
 
+	redrive_require_writable(fcinfo);
 	require_argument(fcinfo, 0, "chunk_id");
 	require_argument(fcinfo, 1, "lease_token");
 	require_argument(fcinfo, 2, closes ? "exceptions" : "outcomes");

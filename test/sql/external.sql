@@ -97,6 +97,11 @@ SELECT how($$SELECT * FROM redrive.claim('mail', wait => '1 s')$$);
 SELECT * FROM redrive.claim('mail');
 COMMIT;
 SELECT * FROM redrive.claim('mail', wait => '20 ms');
+BEGIN READ ONLY;
+SELECT how($$SELECT * FROM redrive.claim('mail')$$);
+SELECT how($$SELECT redrive.settle(1, 1, '{}')$$);
+SELECT how($$SELECT redrive.complete(1, 1)$$);
+COMMIT;
 
 -- Settled out of order: what is done up to where moves on when it can.
 SELECT settle('a', outcome(3), outcome(2));
@@ -116,7 +121,8 @@ SELECT * FROM broken;
 -- An outcome that does not fit is named, and nothing is changed.
 SELECT submit('mail', 'wrong', 6);
 SELECT count(*) FROM claim('a', 'mail', 5);
-SELECT settle('a', outcome(2, 'failed'), outcome(4));
+-- an empty code is none
+SELECT settle('a', outcome(2, 'failed', code => ''), outcome(4));
 SELECT how($$SELECT settle('a', outcome(1), outcome(4))$$);
 SELECT how($$SELECT settle('a', outcome(1), outcome(2, 'retry'))$$);
 SELECT how($$SELECT settle('a', outcome(1), outcome(6))$$);
