@@ -50,9 +50,9 @@ async function work(db) {
     await db.query('COMMIT');
   } catch (error) {
     await db.query('ROLLBACK'); // fails when the connection is lost
-    console.error(error.message);
-    if (error.code === 'RD004') return; // too late: others do it
-    await db.query('SELECT redrive.release($1, $2)', [items[0].chunk_id, items[0].lease_token]);
+    if (error.code !== 'RD004') // that is: too late, others do it
+      await db.query('SELECT redrive.release($1, $2)', [items[0].chunk_id, items[0].lease_token]);
+    throw error; // main() tells, and waits a moment: it may come again at once
   }
 }
 

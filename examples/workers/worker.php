@@ -56,11 +56,11 @@ function work(PDO $db, string $handler): void
         $db->prepare(COMPLETE)->execute([...$claimed, json_encode($exceptions)]);
         $db->commit();
     } catch (PDOException $error) {
-        $db->rollBack(); // the same
-        fwrite(STDERR, $error->getMessage() . "\n");
+        $db->inTransaction() && $db->rollBack(); // not when it was the commit that failed
         if ($error->errorInfo[0] !== 'RD004') { // that is: too late, others do it
             $db->prepare('SELECT redrive.release(?, ?)')->execute($claimed);
         }
+        throw $error; // it is told below, which waits a moment: the claim may come again at once
     }
 }
 

@@ -55,11 +55,9 @@ def work(db):
                     exceptions.append(outcome(item, error))
             db.execute(COMPLETE, (*claim, json.dumps(exceptions)))
     except psycopg.Error as error:  # all is rolled back
-        if db.broken:
-            raise
-        print(error, file=sys.stderr)
-        if error.sqlstate != "RD004":  # that is: too late, others do it
+        if not db.broken and error.sqlstate != "RD004":  # that is: too late, others do it
             db.execute("SELECT redrive.release(%s, %s)", claim)
+        raise  # main() tells, and waits a moment: it may come again at once
 
 
 def main():

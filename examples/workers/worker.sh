@@ -64,7 +64,8 @@ while [ -z "$stop" ]; do
 			settle_good "$result"
 		else
 			settle_bad failed E-INPUT "$result"
-		fi || break	# too late (RD004), or no server: nothing of this item is stored
+		# too late (RD004), or no server: nothing of this item is stored, and it may come again at once
+		fi || { sleep 1; break; }
 	done <<<"$claim"
 	# ends the claim; what is left of it is given back
 	read -r chunk token _ <<<"$claim"
