@@ -7,7 +7,7 @@ that it has read: that file is the truth about what arrived. While there is a fi
 With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
     /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
-    /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /crawl (headers, a byte at a time)  /bytes  /redirect
+    /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /header (one without end)  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /unicode (... with all characters escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /gate (200 when there is no file DIRECTORY/gate any more)  /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
@@ -18,7 +18,7 @@ directory, secret, certificate = (sys.argv[1:] + [None, None])[:3]
 seen = {}
 rolls = {}
 CHAOS = ["/ok", "/ok", "/ok", "/status/500", "/status/404", "/status/302", "/status/401", "/retry-after/429/1", "/retry-after/503/1", "/json/nonsense",
-         "/delay/0.05", "/delay/5", "/drip", "/reset", "/close", "/huge", "/headers", "/bytes", "/deep/30000"]
+         "/delay/0.05", "/delay/5", "/drip", "/reset", "/close", "/huge", "/headers", "/header", "/bytes", "/deep/30000"]
 log = open(os.path.join(directory, "requests"), "a", buffering=1)
 
 
@@ -95,6 +95,11 @@ async def behave(path, number, headers, body, reader, writer):
         writer.write(b"HTTP/1.1 200 X\r\n")
         while True:
             writer.write(b"X-Header: " + b"y" * 1000 + b"\r\n")
+            await writer.drain()
+    elif word == "header":
+        writer.write(b"HTTP/1.1 200 X\r\nX-Header: ")
+        while True:
+            writer.write(b"y" * 1000)
             await writer.drain()
     elif word == "crawl":
         writer.write(b"HTTP/1.1 200 X\r\nX-Header: ")

@@ -29,6 +29,13 @@
 #define BAD_URL(transfer) \
 	(((transfer)->code == CURLE_UNSUPPORTED_PROTOCOL || (transfer)->code == CURLE_URL_MALFORMAT) && !(transfer)->begun)
 
+/*
+ * Has a header no end?  libcurl says that memory is out, and since 8.6 CURLE_TOO_LARGE.
+ * Should memory be out indeed, the request may have arrived, too.
+ */
+#define LONG_HEADER(transfer) \
+	(((transfer)->code == CURLE_OUT_OF_MEMORY || (int) (transfer)->code == 100) && (transfer)->begun)
+
 /* libcurl: open a socket to this address, which is the final one. */
 static curl_socket_t
 open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
@@ -376,7 +383,7 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 	result->refused = BAD_URL(transfer) || (code != CURLE_OK && transfer->refused && !transfer->opened && transfer->open_errno == 0);
 	result->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 	result->tls = TLS_ERROR(code);
-	result->ours = code == CURLE_OUT_OF_MEMORY || code == CURLE_FAILED_INIT ||
+	result->ours = (code == CURLE_OUT_OF_MEMORY && !transfer->begun) || code == CURLE_FAILED_INIT ||
 		(code != CURLE_OK && !transfer->opened && transfer->open_errno != 0) ||
 		(code == CURLE_COULDNT_CONNECT && !result->refused && os_errno == EADDRNOTAVAIL);
 	result->truncated = transfer->truncated;
@@ -398,8 +405,10 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 				 os_errno == EADDRNOTAVAIL ? "local ports" : "memory");
 	else if (result->timed_out)
 		snprintf(result->error, sizeof(result->error), "time-out after %d ms, %s", (int) (total / 1000), phase(easy, result->sent));
-	else if (transfer->header_bytes > MAX_HEADER_BYTES)
+	else if (transfer->header_bytes > MAX_HEADER_BYTES || LONG_HEADER(transfer))
 		snprintf(result->error, sizeof(result->error), "the headers of the answer are too long");
+	else if (code == CURLE_UNSUPPORTED_PROTOCOL)
+		snprintf(result->error, sizeof(result->error), "the answer is not HTTP");
 	else if (transfer->again)
 		snprintf(result->error, sizeof(result->error), "the connection was closed before an answer came");
 	else if (code != CURLE_OK)

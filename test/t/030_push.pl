@@ -121,6 +121,7 @@ my @table = (
 	[ '/bytes', 'delivered', '', 1 ],
 	[ '/huge', 'delivered', '', 1 ],
 	[ '/headers', 'dead', 'ambiguous', 2 ],
+	[ '/header', 'dead', 'ambiguous', 2 ],
 	[ '/close', 'dead', 'ambiguous', 2 ],
 	[ '/reset', 'dead', 'ambiguous', 2 ],
 	[ '/drip', 'dead', 'timeout', 2, "timeout => '300 ms', connect_timeout => '300 ms'" ],

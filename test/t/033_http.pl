@@ -42,6 +42,8 @@ like(request("'GET', '$url/crawl', max_attempts => 1, timeout => '100 ms'"), qr/
 like(request("'GET', '$url/reset', max_attempts => 2, $at_once"), qr/^f none 2 .+/, 'a reset connection');
 like(request("'GET', 'http://127.0.0.1:1/', max_attempts => 2, $at_once"), qr/^f none 2 .*connect/, 'nobody listens');
 like(request("'GET', 'https://nowhere.invalid/', max_attempts => 1, timeout => '500 ms'"), qr/^f none 1 .+/, 'no such name');
+is(request("'GET', '$url/header', max_attempts => 1"), 'f 200 1 the headers of the answer are too long', 'a header without end');
+is(request("'GET', '$url/status/1', max_attempts => 1"), 'f none 1 the answer is not HTTP', 'no status of HTTP');
 is(request("'GET', '$url/huge', max_attempts => 1", 'ok, length(body)'), 't|65536', 'of a huge answer the begin is kept');
 is(request("'GET', '$url/bytes', max_attempts => 1", "ok, body ~ '^a'"), 't|t', 'bytes that are no text');
 
@@ -73,7 +75,7 @@ is((received($receiver, '/latin'))[0]{body}, "\x{e4} \x{20ac}?.", '... arrives i
 
 # What is kept: host and outcome, nothing else of the request.
 is( $node->safe_psql('postgres', "SELECT count(*), count(*) FILTER (WHERE ok), bool_and(requested_by = current_user::regrole), min(host) FILTER (WHERE ok) FROM redrive.http_log"),
-	"19|4|t|127.0.0.1:$receiver->{port}", 'each request is in the log');
+	"21|4|t|127.0.0.1:$receiver->{port}", 'each request is in the log');
 unlike($node->safe_psql('postgres', 'SELECT l FROM redrive.http_log AS l'), qr/secret-token|a body|delay|crawl/, '... without path, header and body');
 
 # Who may.
