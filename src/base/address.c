@@ -164,8 +164,10 @@ redrive_judge_address(const struct sockaddr *sockaddr, const RedriveAddressRange
 		return VERDICT_REFUSED;
 	if (in_list(family, address, allow, n_allow))
 		return VERDICT_ALLOWED;
-	if (allow_only || in_list(family, address, not_public_ranges, lengthof(not_public)))
+	if (in_list(family, address, not_public_ranges, lengthof(not_public)))
 		return VERDICT_REFUSED;
+	if (allow_only)
+		return VERDICT_HTTP_REFUSED;
 	return redrive_port_listed(port) ? VERDICT_ALLOWED : VERDICT_PORT_REFUSED;
 }
 

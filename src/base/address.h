@@ -23,6 +23,7 @@ typedef struct RedriveAddressRange
 typedef enum RedriveVerdict
 {
 	VERDICT_REFUSED,			/* the address */
+	VERDICT_HTTP_REFUSED,		/* not the address, but that there is no TLS */
 	VERDICT_PORT_REFUSED,		/* not the address, but the port */
 	VERDICT_ALLOWED
 } RedriveVerdict;

@@ -49,7 +49,7 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	if (verdict != VERDICT_ALLOWED)
 	{
 		transfer->refused = true;
-		transfer->port_refused = verdict == VERDICT_PORT_REFUSED;
+		transfer->verdict = verdict;
 		return CURL_SOCKET_BAD;
 	}
 	if (!AcquireExternalFD())
@@ -110,7 +110,7 @@ check_connection(void *arg, char *primary_ip, char *local_ip, int primary_port, 
 		return CURL_PREREQFUNC_OK;
 	}
 	transfer->refused = true;
-	transfer->port_refused = verdict == VERDICT_PORT_REFUSED;
+	transfer->verdict = verdict;
 	transfer->opened = false;
 	return CURL_PREREQFUNC_ABORT;
 }
@@ -395,8 +395,10 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 		snprintf(result->error, sizeof(result->error), "the URL is not one that requests can be sent to");
 	else if (result->refused && transfer->too_large)
 		snprintf(result->error, sizeof(result->error), "the body is longer than %d bytes", REDRIVE_HTTP_MAX_BODY);
-	else if (result->refused && transfer->port_refused)
+	else if (result->refused && transfer->verdict == VERDICT_PORT_REFUSED)
 		snprintf(result->error, sizeof(result->error), "the port is not one of redrive.http_ports");
+	else if (result->refused && transfer->verdict == VERDICT_HTTP_REFUSED)
+		snprintf(result->error, sizeof(result->error), "http is only for addresses of redrive.http_allow_cidr, others need https");
 	else if (result->refused)
 		snprintf(result->error, sizeof(result->error), "the address is not of the public network and not allowed");
 	else if (result->ours)

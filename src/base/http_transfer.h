@@ -39,7 +39,7 @@ typedef struct Transfer
 
 	/* set by callbacks */
 	bool		refused;		/* an address was */
-	bool		port_refused;	/* or only its port */
+	RedriveVerdict verdict;		/* the last one, if it was */
 	bool		opened;			/* a socket was */
 	int			open_errno;		/* why none could be */
 	bool		begun;			/* the request has been sent, or partly */

@@ -48,10 +48,11 @@ is(request("'GET', '$url/huge', max_attempts => 1", 'ok, length(body)'), 't|6553
 is(request("'GET', '$url/bytes', max_attempts => 1", "ok, body ~ '^a'"), 't|t', 'bytes that are no text');
 
 # Which addresses may be asked.
-foreach my $address ('https://10.0.0.1', 'https://[::1]', 'https://169.254.169.254', 'http://8.8.8.8', 'https://0x0a000001', 'https://[::ffff:10.0.0.1]')
+foreach my $address ('https://10.0.0.1', 'https://[::1]', 'https://169.254.169.254', 'https://0x0a000001', 'https://[::ffff:10.0.0.1]')
 {
 	is(request("'GET', '$address/', $at_once"), 'f none 1 the address is not of the public network and not allowed', "$address is refused");
 }
+is(request("'GET', 'http://8.8.8.8/', $at_once"), 'f none 1 http is only for addresses of redrive.http_allow_cidr, others need https', 'http://8.8.8.8 is refused');
 
 # It can be cancelled: while it waits for the answer, and between attempts.
 foreach my $case ([ '/delay/3000', '' ], [ '/status/503', ", retry_delay => '30 min'" ])
