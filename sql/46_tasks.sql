@@ -46,7 +46,7 @@ DECLARE
 BEGIN
     PERFORM redrive._check_task(n.key, n.status, n.process)
     FROM unnest(p_keys, p_statuses, p_processes) AS n (key, status, process)
-    WHERE n.key = '' OR greatest(length(n.key), length(n.status), length(n.process)) > 1000;
+    WHERE n.key = '' OR octet_length(n.key) > 2600 OR greatest(length(n.key), length(n.status), length(n.process)) > 1000;
     WITH recorded AS (
         INSERT INTO redrive.tasks AS t (owner, task_key, process, status, payload, is_test)
         SELECT p_owner, n.key, n.process, n.status, n.payload, n.is_test
@@ -93,6 +93,8 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF p_task_key = '' OR length(p_task_key) > 1000 THEN
         RAISE EXCEPTION 'invalid value for "task_key"' USING ERRCODE = '22023', DETAIL = format('It has %s characters.', length(p_task_key)), HINT = 'Keys have 1 to 1000 characters.';
+    ELSIF octet_length(p_task_key) > 2600 THEN -- what an index can hold
+        RAISE EXCEPTION 'invalid value for "task_key"' USING ERRCODE = '22023', DETAIL = format('It has %s bytes.', octet_length(p_task_key)), HINT = 'Keys have 1 to 1000 characters, and at most 2600 bytes.';
     ELSIF length(p_status) > 1000 THEN
         RAISE EXCEPTION 'invalid value for "status"' USING ERRCODE = '22023', DETAIL = format('It has %s characters.', length(p_status)), HINT = 'A status has at most 1000 characters; put the rest into the payload.';
     ELSIF length(p_process) > 1000 THEN

@@ -70,6 +70,7 @@ SELECT f FROM (VALUES
     ($$SELECT redrive.record_task('', 'x')$$),
     ($$SELECT redrive.record_task('x', NULL)$$),
     ($$SELECT redrive.record_task(repeat('x', 1001), 'x')$$),
+    ($$SELECT redrive.record_task((SELECT string_agg(chr(19968 + n * 7919 % 20000), '') FROM generate_series(1, 1000) AS n), 'x')$$),
     ($$SELECT redrive.redrive_push('none')$$),
     ($$SELECT * FROM redrive.why_push('x', 'none')$$),
     ($$SELECT redrive.attach_task_source('pg_class', 'oid', 'relname')$$)
