@@ -236,6 +236,7 @@ redrive_load_platforms(List *known, MemoryContext cxt)
 			p->platform_id = id;
 			p->owner = owner_of(DatumGetObjectId(redrive_column(row, "owner", &isnull)), cxt);
 			p->limit = FIRST_LIMIT;
+			p->changed = true;	/* the limit is not what it was */
 			dlist_init(&p->claimed);
 		}
 		if (p->config_version != version || p->paused != redrive_bool(row, "paused"))

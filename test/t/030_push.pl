@@ -335,6 +335,9 @@ ok(poll_until($node, "SELECT ($keys) >= $keys_before + 600"), '... each was look
 # Leave.
 platform($node, $receiver, 'hanging', '/delay/60', "timeout => '1 min', lease => '2 min'");
 ok(poll_until($node, "SELECT count(*) > 0 FROM redrive.push_status WHERE platform = 'hanging' AND state = 'in_flight'"), 'a push hangs');
+# Seen red: without p->changed for a new platform in redrive_load_platforms() (src/flow/push_platform.c) nothing is known of the limit.
+my $due = "SELECT task_key FROM redrive.push_status WHERE platform = 'hanging' AND state = 'pending' LIMIT 1";
+ok(poll_until($node, "SELECT count(*) FROM redrive.why_push(($due), 'hanging') WHERE fact = 'limit of the platform reached'", 1), '... and why_push() tells why others wait');
 $node->safe_psql('postgres', 'DROP EXTENSION pg_redrive');
 pass('the extension can be dropped meanwhile');
 ok(poll_until($node, "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type IN ('redrive pusher', 'redrive supervisor')"), 'and no process is left');
