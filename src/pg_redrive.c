@@ -15,6 +15,7 @@
 
 #include "base/compat.h"
 #include "base/guc.h"
+#include "base/secret_log.h"
 #include "base/shmem.h"
 #include "proc/launcher.h"
 #include "proc/utility.h"
@@ -28,6 +29,7 @@ _PG_init(void)
 {
 	redrive_define_settings(process_shared_preload_libraries_in_progress);
 	redrive_install_utility_hook();
+	redrive_install_log_hook();
 	if (!process_shared_preload_libraries_in_progress)
 		return;
 	redrive_install_shmem_hooks();
