@@ -8,8 +8,8 @@ LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'redrive__retry_delay';
 CREATE FUNCTION redrive._task_body(task_key text, status text, version bigint, process text, payload jsonb, created_at timestamptz, changed_at timestamptz) RETURNS text
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'redrive__task_body';
 
--- End attempts of which nobody will tell any more: their lease is over, or
--- with p_pusher given the pusher that held it is another one, which is dead.
+-- End attempts of which nobody will tell any more: those of pushers other than p_pusher,
+-- which are dead; or with NULL those of which the lease is over.
 -- The request may have arrived, so it is charged.  What somebody has locked is left
 -- for the next time.  Returns how many were ended.
 CREATE FUNCTION redrive._reap_pushes(p_as_of timestamptz, p_pusher bigint) RETURNS bigint
@@ -22,7 +22,7 @@ BEGIN
     FROM (
         SELECT c.claim_id
         FROM redrive.push_claims AS c
-        WHERE c.lease_until <= p_as_of OR c.pusher <> p_pusher
+        WHERE CASE WHEN p_pusher IS NULL THEN c.lease_until <= p_as_of ELSE c.pusher <> p_pusher END
         ORDER BY c.claim_id
         FOR UPDATE SKIP LOCKED) AS x;
     WITH lost AS (

@@ -92,11 +92,23 @@ static RedriveSql reap_pushes = {
 	2, {TIMESTAMPTZOID, INT8OID}
 };
 
-/* Return an array of what these platforms have under way, and of what was just claimed. */
+/* What pushers that are gone had claimed, and $1 has not ended. */
+static RedriveSql unreaped_pushes = {
+	"SELECT f.push_id FROM redrive._in_flight AS f WHERE f.pusher <> $1",
+	1, {INT8OID}
+};
+
+static int64 *unreaped = NULL;
+static int	n_unreaped = 0;
+
+/*
+ * Return an array of what these platforms have under way, and of what was just claimed;
+ * and of what others have left under way.
+ */
 static Datum
 under_way(Platform **platforms, int n, List *claimed)
 {
-	int			size = list_length(claimed);
+	int			size = list_length(claimed) + n_unreaped;
 	Datum	   *ids;
 	int			n_ids = 0;
 	dlist_iter	iter;
@@ -116,6 +128,8 @@ under_way(Platform **platforms, int n, List *claimed)
 	}
 	foreach(lc, claimed)
 		ids[n_ids++] = Int64GetDatum(((Claimed *) lfirst(lc))->push->push_id);
+	for (int i = 0; i < n_unreaped; i++)
+		ids[n_ids++] = Int64GetDatum(unreaped[i]);
 	return redrive_array(INT8OID, n_ids, ids, NULL);
 }
 
@@ -400,13 +414,28 @@ redrive_next_push(List *platforms, List *claimed)
 	return next;
 }
 
-/* End attempts of pushers that are gone; with pusher, all that are not its own. */
-void
+/*
+ * End attempts of pushers that are gone, those of all others than this one.
+ *
+ * Returns whether some are left, because somebody has locked their pushes.  These are not
+ * claimed before this has ended them: they would be sent once more than is counted.
+ */
+bool
 redrive_reap_pushes(int64 pusher)
 {
 	Datum		values[2];
 
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp());
 	values[1] = Int64GetDatum(pusher);
-	redrive_sql_one_row(&reap_pushes, values, pusher != 0 ? NULL : " n");
+	redrive_sql_one_row(&reap_pushes, values, NULL);
+	n_unreaped = 0;
+	if (unreaped != NULL)
+		pfree(unreaped);
+	unreaped = NULL;
+	n_unreaped = (int) redrive_sql(&unreaped_pushes, &values[1], NULL);
+	if (n_unreaped > 0)
+		unreaped = MemoryContextAlloc(TopMemoryContext, n_unreaped * sizeof(int64));
+	for (int row = 0; row < n_unreaped; row++)
+		unreaped[row] = redrive_int64(row, "push_id");
+	return n_unreaped > 0;
 }

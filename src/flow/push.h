@@ -155,9 +155,10 @@ extern int64 redrive_platforms_version(void);
 extern List *redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, bool *outdated);
 extern bool redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
+extern void redrive_platforms_are_written(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
 extern void redrive_look_at_all(List *platforms);
-extern void redrive_reap_pushes(int64 pusher);
+extern bool redrive_reap_pushes(int64 pusher);
 extern void redrive_keep_claimed(List *claimed, MemoryContext cxt);
 extern void redrive_forget_pushes(Push **pushes, int n);
 

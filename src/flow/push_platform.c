@@ -313,3 +313,21 @@ redrive_write_platforms(List *platforms)
 			p->written = redrive_sql(&write_platform, values, nulls) > 0;
 	}
 }
+
+/* What was written down is committed. */
+void
+redrive_platforms_are_written(List *platforms)
+{
+	ListCell   *lc;
+
+	foreach(lc, platforms)
+	{
+		Platform   *p = lfirst(lc);
+
+		if (!p->written)
+			continue;
+		p->changed = false;
+		p->new_attempts = 0;
+		p->new_delivered = 0;
+	}
+}

@@ -36,6 +36,8 @@
 #include "proc/pusher.h"
 
 #define TICK_MS 30000
+#define LOCKED_MS 200			/* to the next try, when others have locked
+								 * what is to be reaped */
 #define GRACE_MS 500			/* for what is under way at shutdown */
 #define AFTER_ERROR_MS 1000
 
@@ -51,6 +53,7 @@ static List *platforms = NIL;
 static int64 platforms_version = -1;
 static bool look_for_locks = false; /* others have locked what we record */
 static TimestampTz reaped_at = 0;	/* also of the last look at everything */
+static int	reap_ms = TICK_MS;	/* from then to the next time */
 static enum
 {
 	RECORDING, CLAIMING, ANOTHER
@@ -170,24 +173,6 @@ send_push(Claimed *claimed)
 	headers[p->n_headers] = NULL;
 }
 
-/* What the breakers have learned has been written down. */
-static void
-platforms_are_written(void)
-{
-	ListCell   *lc;
-
-	foreach(lc, platforms)
-	{
-		Platform   *p = lfirst(lc);
-
-		if (!p->written)
-			continue;
-		p->changed = false;
-		p->new_attempts = 0;
-		p->new_delivered = 0;
-	}
-}
-
 /* The platform for which one push is claimed, and for no other; NULL = all are claimed for. */
 static Platform *
 platform_alone(void)
@@ -200,9 +185,32 @@ platform_alone(void)
 	return NULL;
 }
 
+/* Begin a transaction. */
+static void
+begin(void)
+{
+	step = ANOTHER;
+	redrive_worker_begin();
+	pgstat_report_activity(STATE_RUNNING, "redrive: push");
+	if (!redrive_version_fits(DEBUG1))
+		proc_exit(0);
+	redrive_limit_lock_wait();
+}
+
+/* One transaction: end what others have left, if it is time to. */
+static void
+reap(int64 pusher)
+{
+	if (!TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), reap_ms))
+		return;
+	begin();
+	reap_ms = redrive_reap_pushes(pusher) ? LOCKED_MS : TICK_MS;
+	redrive_worker_end();
+	reaped_at = GetCurrentTimestamp();
+}
+
 /*
- * One transaction: end what others have left, record what has ended, and claim what
- * is due.
+ * One transaction: record what has ended, and claim what is due.
  *
  * Returns what was claimed, in claim_cxt, and sets when to claim again at the
  * latest.  Of n results those that are locked are put last; n becomes how many
@@ -213,14 +221,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 {
 	List	   *claimed = NIL;
 
-	step = ANOTHER;
-	redrive_worker_begin();
-	pgstat_report_activity(STATE_RUNNING, "redrive: push");
-	if (!redrive_version_fits(DEBUG1))
-		proc_exit(0);
-	redrive_limit_lock_wait();
-	if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))
-		redrive_reap_pushes(reaped_at == 0 ? pusher : 0);
+	begin();
 	step = RECORDING;
 	if (*n > 0 && look_for_locks)
 		*n = redrive_put_locked_last(pushes, *n);
@@ -292,9 +293,9 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 		redrive_http_drive(http);
 	PG_TRY();
 	{
+		if (may_claim)
+			reap(pusher);
 		claimed = turn(pushes, &n_recorded, pusher, may_claim, next_due);
-		if (may_claim && TimestampDifferenceExceeds(reaped_at, GetCurrentTimestamp(), TICK_MS))
-			reaped_at = GetCurrentTimestamp();
 	}
 	PG_CATCH();
 	{
@@ -349,7 +350,7 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	else
 	{
 		look_for_locks = n_recorded < n;
-		platforms_are_written();
+		redrive_platforms_are_written(platforms);
 		redrive_forget_pushes(pushes, n_recorded);
 		for (int i = n_recorded; i < n; i++)
 			redrive_hold_push(pushes[i], pushes_cxt);
@@ -443,7 +444,7 @@ redrive_pusher_main(Datum arg)
 			reload_settings();
 
 		/* what nobody has told us of is found now and then */
-		if (TimestampDifferenceExceeds(reaped_at, now, TICK_MS))
+		if (TimestampDifferenceExceeds(reaped_at, now, reap_ms))
 			next_due = 0;
 		if (now >= redrive_held_until())
 			redrive_take_held();
@@ -465,8 +466,8 @@ redrive_pusher_main(Datum arg)
 
 		now = GetCurrentTimestamp();
 		sleep_ms = redrive_http_timeout_ms(http);
-		if (sleep_ms < 0)
-			sleep_ms = TICK_MS;
+		if (sleep_ms < 0 || sleep_ms > reap_ms)
+			sleep_ms = reap_ms;
 		if (redrive_enabled && next_due != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, next_due));
 		if (redrive_held_until() != DT_NOEND)
