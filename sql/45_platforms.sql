@@ -53,6 +53,47 @@ BEGIN
 END
 $$;
 
+-- Those who plan pushes to a platform, who record tasks for example, share a lock to the end of their transaction; who drops it or
+-- changes how it is planned for has it alone.  The first returns false if it is not to wait and somebody has it alone, or wants it.
+CREATE FUNCTION redrive._share_planning(p_platform_id int, p_wait boolean) RETURNS boolean
+LANGUAGE c VOLATILE STRICT COST 1000 AS 'MODULE_PATHNAME', 'redrive__share_planning'; -- asked of no other platforms
+CREATE FUNCTION redrive._await_planning(p_platform_id int) RETURNS void
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__await_planning';
+CREATE FUNCTION redrive._stop_planning(p_platform_id int) RETURNS void
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'redrive__stop_planning';
+
+-- Lock a platform that is to be dropped or planned for in another way.  First whoever changes it or plans for it now is waited for,
+-- however long that takes, and others go on; then those who have begun meanwhile, for a short time, in which the others wait.  If that
+-- is not enough, once more and twice as long: so it ends, and nobody waits for much longer than such transactions take.
+CREATE FUNCTION redrive._lock_platform(p redrive.platforms) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_lock_timeout int := (SELECT s.setting FROM pg_settings AS s WHERE s.name = 'lock_timeout');
+    v_ms int := 100;
+BEGIN
+    LOOP
+        BEGIN
+            PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR NO KEY UPDATE;
+            RAISE EXCEPTION 'unlock the platform' USING ERRCODE = 'RD000';
+        EXCEPTION WHEN SQLSTATE 'RD000' THEN
+            PERFORM redrive._await_planning(p.platform_id);
+        END;
+        BEGIN
+            PERFORM set_config('lock_timeout', least(v_ms, nullif(v_lock_timeout, 0))::text, true);
+            PERFORM redrive._stop_planning(p.platform_id);
+            PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR UPDATE;
+            PERFORM set_config('lock_timeout', v_lock_timeout::text, true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            IF v_lock_timeout BETWEEN 1 AND v_ms THEN
+                RAISE;
+            END IF;
+            v_ms := v_ms * 2;
+        END;
+    END LOOP;
+END
+$$;
+
 -- What a constraint cannot check.  Ranges of private addresses are opened by
 -- those only who answer for the whole server.
 CREATE FUNCTION redrive._check_platform(p_caller oid, p_url text, p_allow_http boolean, p_headers jsonb, p_allow_cidr cidr[]) RETURNS void
@@ -188,8 +229,8 @@ BEGIN
         PERFORM redrive._warn_of_port(coalesce(p_url, p.url), coalesce(p_allow_cidr, p.allow_cidr));
     END IF;
     IF p_build IS NOT NULL OR 'build' = ANY (v_unset) THEN
-        -- waits for those who plan by the old function
-        PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR UPDATE;
+        -- nobody may plan by the old function
+        PERFORM redrive._lock_platform(p);
         UPDATE redrive.pushes SET awaits_build = 'build' <> ALL (v_unset) WHERE platform_id = p.platform_id AND state <> 'delivered';
         DELETE FROM redrive.push_bodies AS b USING redrive.pushes AS u WHERE u.push_id = b.push_id AND u.platform_id = p.platform_id;
     END IF;
@@ -261,7 +302,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     p redrive.platforms := redrive._platform(p_caller, p_name);
 BEGIN
-    PERFORM FROM redrive.platforms WHERE platform_id = p.platform_id FOR UPDATE;
+    PERFORM redrive._lock_platform(p);
     DELETE FROM redrive.pushes WHERE platform_id = p.platform_id;
     DELETE FROM redrive.platforms WHERE platform_id = p.platform_id;
     PERFORM redrive._wake_pusher();

@@ -14,6 +14,7 @@ BEGIN
     FROM redrive.platforms AS p
     WHERE p.owner = (SELECT t.owner FROM redrive.tasks AS t WHERE t.task_id = p_task_ids[1])
       AND p.platform_id = coalesce(p_platform_id, p.platform_id)
+      AND redrive._share_planning(p.platform_id, true)
     ORDER BY p.platform_id
     FOR KEY SHARE OF p;
     INSERT INTO redrive.pushes AS u (task_id, platform_id, wanted_version, wanted_status, awaits_build)

@@ -97,6 +97,7 @@ BEGIN
         -- planned_at may lie ahead after a test with another as_of
         SELECT p.platform_id, p.config_version, CASE WHEN p.planned_at <= p_as_of THEN p.planned_at END AS planned_at
         FROM redrive.platforms AS p
+        WHERE redrive._share_planning(p.platform_id, false)
         ORDER BY p.platform_id
         FOR KEY SHARE SKIP LOCKED -- one that is being dropped waits for the next pass
     LOOP

@@ -428,6 +428,10 @@ COMMENT ON FUNCTION redrive._orphan_lost IS 'Give back the claims of all workers
 COMMENT ON FUNCTION redrive._part_bytes IS 'Size of the partitions of a part';
 COMMENT ON FUNCTION redrive._owner_needs_login IS 'Whether workers can connect only as roles that may log in, as before PostgreSQL 17';
 COMMENT ON FUNCTION redrive._part_state IS 'Whether a part is empty, old or to be kept';
+COMMENT ON FUNCTION redrive._await_planning IS 'Wait for the transactions that plan for a platform now';
+COMMENT ON FUNCTION redrive._lock_platform IS 'Lock a platform that is to be dropped, or planned for in another way';
+COMMENT ON FUNCTION redrive._share_planning IS 'Plan for a platform: nobody drops it meanwhile';
+COMMENT ON FUNCTION redrive._stop_planning IS 'Let nobody plan for a platform';
 COMMENT ON FUNCTION redrive._lock_pass IS 'Lock a pass, out of reach of pg_advisory_lock()';
 COMMENT ON FUNCTION redrive._pass IS 'Frame of every pass: switch, lock, time budget, history';
 COMMENT ON FUNCTION redrive._pause IS 'Pause a live batch';

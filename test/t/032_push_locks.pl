@@ -4,6 +4,7 @@
 use strict;
 use warnings;
 
+use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use PushTest;
@@ -78,16 +79,16 @@ ok(poll_until($node, "SELECT u.state = 'delivered' $changing"), '... and is deli
 #
 # Seen red: without unreaped in src/flow/push.c they are sent at once, and the first attempts are forgotten.
 $node->safe_psql('postgres', 'SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
-platform($node, $receiver, 'lost', '/delay/1.5/lost', "retry_interval => '10 ms'");
+platform($node, $receiver, 'lost', '/delay/5/lost', "retry_interval => '10 ms'");
 $node->safe_psql('postgres', "SELECT redrive.record_task('same', 'first'), redrive.record_task('newer', 'first')");
-ok(wait_for_request($receiver, '/delay/1.5/lost', 2), 'two pushes are under way');
+ok(wait_for_request($receiver, '/delay/5/lost', 2), 'two pushes are under way');
 $node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('$_', 'second'); PREPARE TRANSACTION '$_'") foreach qw(same newer);
 $node->safe_psql('postgres', "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'redrive pusher'");
 $node->safe_psql('postgres', "SELECT redrive.record_task('after', 'first')");
 ok(poll_until($node, "SELECT state = 'delivered' FROM redrive.push_status WHERE task_key = 'after'"), 'the pusher ends, and another pushes');
 is($node->safe_psql('postgres', "SELECT string_agg(task_key || ' ' || state, ', ' ORDER BY task_key) FROM redrive.push_status WHERE task_key IN ('same', 'newer')"),
 	'newer in_flight, same in_flight', '... but not what is locked');
-is(scalar(received($receiver, '/delay/1.5/lost')), 3, '... nor are they sent');
+is(scalar(received($receiver, '/delay/5/lost')), 3, '... nor are they sent');
 $node->safe_psql('postgres', "ROLLBACK PREPARED 'same'");
 $node->safe_psql('postgres', "COMMIT PREPARED 'newer'");
 ok(poll_until($node, "SELECT bool_and(state = 'delivered') FROM redrive.push_status WHERE task_key IN ('same', 'newer')", 't', timeout => 20), 'when the locks are gone they are');
@@ -97,6 +98,33 @@ is($node->safe_psql('postgres',
 is($node->safe_psql('postgres', "SELECT string_agg(task_key || ' ' || retry_count, ', ' ORDER BY task_key) FROM redrive.push_status WHERE task_key IN ('same', 'newer')"),
 	'newer 0, same 1', '... and charged, unless there is a new status');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.push_claims'), 0, '... and no claim is left');
+
+# Tasks are recorded all the time, by transactions that overlap: a platform can be given a build function, and dropped.
+#
+# Seen red: without _stop_planning() in redrive._lock_platform (sql/45_platforms.sql).
+$node->safe_psql('postgres', "SELECT redrive.pause_platform('lost'); CREATE FUNCTION body(task redrive.task) RETURNS jsonb LANGUAGE sql RETURN '{}'::jsonb");
+my $script = PostgreSQL::Test::Utils::tempdir . '/record.sql';
+append_to_file($script, "\\set ms random(20, 150)\nBEGIN;\nSELECT redrive.record_task('client ' || :client_id, random()::text);\n\\sleep :ms ms\nCOMMIT;\n");
+my $recorders = IPC::Run::start([ 'pgbench', '-n', '-c', '8', '-j', '8', '-T', '300', '-f', $script, $node->connstr('postgres') ], '<', \undef, '>', \my $bench, '2>&1');
+ok(poll_until($node, "SELECT count(*) = 8 FROM redrive.tasks WHERE task_key ~ '^client '"), 'tasks are recorded without a pause');
+foreach my $statement ("alter_platform('lost', build => 'body')", "drop_platform('lost')")
+{
+	is($node->psql('postgres', "SET statement_timeout = '20 s'; SELECT redrive.$statement"), 0, $statement);
+}
+my $recorded = $node->safe_psql('postgres', 'SELECT max(changed_at) FROM redrive.tasks');
+ok(poll_until($node, "SELECT max(changed_at) > '$recorded' FROM redrive.tasks"), '... and they still are');
+$recorders->kill_kill;
+
+# A transaction that has recorded a task and stays open holds up the drop, and no other transaction.
+platform($node, $receiver, 'later', '/ok');
+$node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('open', 'first'); PREPARE TRANSACTION 'open'");
+is($node->psql('postgres', "SET lock_timeout = '500 ms'; SELECT redrive.drop_platform('later')"), 3, 'lock_timeout ends the wait for a transaction that stays open');
+my $drop = IPC::Run::start([ 'psql', '-X', '-d', $node->connstr('postgres'), '-c', "SELECT redrive.drop_platform('later')" ], '<', \undef, '>', \my $dropped, '2>&1');
+ok(poll_until($node, "SELECT count(*) = 1 FROM pg_stat_activity WHERE query ~ 'drop_platform' AND wait_event_type = 'Lock' AND pid <> pg_backend_pid()"), 'the drop waits for it');
+is($node->psql('postgres', "SET lock_timeout = '10 ms'; SELECT redrive.record_task('another', 'first')"), 0, '... and nobody waits for the drop');
+$node->safe_psql('postgres', "COMMIT PREPARED 'open'");
+ok($drop->finish, '... until it ends');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM redrive.platforms'), 0, '... and the platform is gone');
 
 $node->stop;
 stop_receiver($receiver);
