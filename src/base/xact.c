@@ -109,6 +109,15 @@ redrive_catalog_end(void)
 	CommitTransactionCommand();
 }
 
+/* Let the commit of this transaction wait for the disk, whatever synchronous_commit is. */
+static void
+wait_for_disk(void)
+{
+	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
+		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+}
+
 /* Begin a transaction of a worker, connected to SPI. */
 void
 redrive_worker_begin(void)
@@ -137,6 +146,14 @@ redrive_worker_end(void)
 	pgstat_report_activity(STATE_IDLE, NULL);
 }
 
+/* The same for what must be known after a crash. */
+void
+redrive_worker_end_durably(void)
+{
+	wait_for_disk();
+	redrive_worker_end();
+}
+
 /*
  * Commit and go on in a new transaction.
  *
@@ -158,9 +175,7 @@ redrive_commit(void)
 void
 redrive_commit_durably(void)
 {
-	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
-		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
-								 GUC_ACTION_LOCAL, true, 0, false);
+	wait_for_disk();
 	redrive_commit();
 }
 

@@ -16,6 +16,7 @@ extern void redrive_catalog_begin(void);
 extern void redrive_catalog_end(void);
 extern void redrive_worker_begin(void);
 extern void redrive_worker_end(void);
+extern void redrive_worker_end_durably(void);
 extern void redrive_worker_abort(void);
 extern void redrive_require_nonatomic(FunctionCallInfo fcinfo, const char *what);
 extern void redrive_require_writable(FunctionCallInfo fcinfo);

@@ -254,7 +254,10 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		MemoryContextSwitchTo(TopMemoryContext);
 	}
 	redrive_write_platforms(platforms);
-	redrive_worker_end();
+	if (claimed != NIL)
+		redrive_worker_end_durably();
+	else
+		redrive_worker_end();
 	return claimed;
 }
 

@@ -160,6 +160,19 @@ all_delivered($standby, 'promotion');
 is(problems(2, @paths), '', 'promotion');
 $standby->stop;
 
+# What was claimed is on disk before it is sent, also where commits do not wait for it.
+#
+# Seen red: with redrive_worker_end() alone in turn() (proc/pusher.c) the request that was under way is forgotten.
+my $lazy = new_node('push_lazy', conf => "synchronous_commit = off\nwal_writer_delay = 10s\n");
+platform($lazy, $receiver, 'lazy', '/delay/5/lazy', "retry_interval => '10 ms'");
+$lazy->safe_psql('postgres', "SET synchronous_commit = on; SELECT redrive.record_task('t1', 'version 1')");
+ok(wait_for_request($receiver, '/delay/5/lazy', 1), 'a push is under way');
+kill_postmaster($lazy, everything => 1);
+$lazy->start;
+all_delivered($lazy, 'commits that do not wait');
+is($lazy->safe_psql('postgres', 'SELECT count(*) FROM redrive.push_attempts'), scalar(received($receiver, '/delay/5/lazy')), '... and all attempts are in the log');
+$lazy->stop;
+
 # More pushes than file descriptors: our fault, so no retries are spent.
 my $small = new_node('push_fds', conf => "max_files_per_process = 64\n");
 @paths = map { "/delay/0.3/fds$_" } 1 .. 8;
