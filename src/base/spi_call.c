@@ -43,10 +43,11 @@ static const char *const settings[][2] = {
 	{"parallel_setup_cost", "1e100"},
 };
 
-/* And of those that look single rows up. */
+/* And of those that look single rows up, or what comes first. */
 static const char *const lookup_settings[][2] = {
 	{"enable_hashjoin", "off"},
 	{"enable_mergejoin", "off"},
+	{"enable_sort", "off"},
 };
 
 /*

@@ -22,7 +22,8 @@ typedef struct RedriveSql
 	bool		once;			/* the plan goes with the connection */
 	SPIPlanPtr	plan;			/* made at first use, lives as long as the
 								 * backend */
-	bool		lookups;		/* joins look single rows up, whatever is
+	bool		lookups;		/* joins look single rows up, and what comes
+								 * first is the first of an index, whatever is
 								 * estimated */
 } RedriveSql;
 

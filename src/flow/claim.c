@@ -39,11 +39,13 @@
 	" h.isolation = 'item' AS one_by_one, h.on_unlock"
 
 static RedriveSql claim_chunk = {
+	.lookups = true,
+	.text =
 	"SELECT c.chunk_id, c.batch_id, c.part, c.run_no, c.kind = 'retry' AS retry, c.done_to, c.to_no, c.items,"
 	" c.lease_token, c.more,"
 	" EXISTS (SELECT FROM redrive.crashes AS x WHERE x.batch_id = c.batch_id) AS crashed," HANDLER_COLUMNS
 	" FROM redrive._claim($1, $2, $3, $4, $5) AS c LEFT JOIN redrive.handlers AS h ON h.handler_id = c.handler_id",
-	5, {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, BOOLOID}
+	.nargs = 5,.argtypes = {OIDOID, INT4OID, TIMESTAMPTZOID, INT4OID, BOOLOID}
 };
 
 /*

@@ -51,8 +51,9 @@ PG_FUNCTION_INFO_V1(redrive_claim_external);
 PG_FUNCTION_INFO_V1(redrive__lease_token);
 
 static RedriveSql claim = {
-	"SELECT * FROM redrive._claim_external($1, $2, $3, $4, $5)",
-	5, {OIDOID, TEXTOID, INT4OID, INTERVALOID, TEXTOID}
+	.lookups = true,
+	.text = "SELECT * FROM redrive._claim_external($1, $2, $3, $4, $5)",
+	.nargs = 5,.argtypes = {OIDOID, TEXTOID, INT4OID, INTERVALOID, TEXTOID}
 };
 
 /*

@@ -69,6 +69,8 @@ typedef struct Candidate
 
 /* $3, those without a place, come first whatever their priority: what is freed for one, others would take. */
 static RedriveSql list_owners = {
+	.lookups = true,
+	.text =
 	"SELECT c.owner, c.owner::regrole::text AS name,"
 	" CASE WHEN r.oid IS NULL THEN 'The role has been dropped.'"
 	" WHEN $2 AND NOT r.rolcanlogin THEN 'The role may not log in.'"
@@ -77,7 +79,7 @@ static RedriveSql list_owners = {
 	" FROM (SELECT x.owner, max(x.priority) AS priority, min(x.due) AS due FROM redrive._candidates($1) AS x GROUP BY x.owner) AS c"
 	" LEFT JOIN pg_roles AS r ON r.oid = c.owner"
 	" ORDER BY array_position($3, c.owner::oid), c.priority DESC, c.due",
-	3, {TIMESTAMPTZOID, BOOLOID, OIDARRAYOID}
+	.nargs = 3,.argtypes = {TIMESTAMPTZOID, BOOLOID, OIDARRAYOID}
 };
 
 static RedriveSql next_due = {
