@@ -71,7 +71,7 @@ BEGIN
          CROSS JOIN LATERAL (
             (SELECT b.next_retry_at AS due
              FROM redrive.batches AS b
-             WHERE b.handler_id = h.handler_id AND b.next_retry_at > p_as_of
+             WHERE b.handler_id = h.handler_id AND b.next_retry_at > p_as_of AND b.state IN ('running', 'retrying')
              ORDER BY b.next_retry_at
              LIMIT 1)
             UNION ALL

@@ -25,3 +25,33 @@ BEGIN;
 SELECT * FROM claimed();
 SELECT batches_read();
 ROLLBACK;
+SELECT count(redrive.cancel_batch(b.batch_id)) FROM redrive.batches AS b WHERE b.label = 'ready';
+
+-- Items that fail wait for their retries; make them due after so long.
+CREATE FUNCTION fail(label text, priority int DEFAULT 0, items int DEFAULT 1) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    c record;
+BEGIN
+    PERFORM redrive.submit('external', array_agg(to_jsonb(i)), label => fail.label, priority => fail.priority) FROM generate_series(1, fail.items) AS i;
+    SELECT x.chunk_id, x.lease_token, array_agg(ROW(x.item_no, 'retry', 'no', NULL, NULL)::redrive.outcome) AS outcomes INTO c
+    FROM redrive.claim('external', fail.items) AS x GROUP BY x.chunk_id, x.lease_token;
+    PERFORM redrive.complete(c.chunk_id, c.lease_token, c.outcomes);
+END
+$$;
+CREATE FUNCTION make_due(label text, since interval) RETURNS void LANGUAGE sql AS $$
+    UPDATE redrive.failures SET next_attempt_at = now() - $2 WHERE state = 'waiting' AND batch_id IN (SELECT b.batch_id FROM redrive.batches AS b WHERE b.label = $1);
+    UPDATE redrive.batches SET next_retry_at = now() - $2 WHERE label = $1;
+$$;
+
+-- Batches that are paused are not read, though they have retries that are due; nor does the supervisor wake for them.
+SELECT count(fail('paused')) FROM generate_series(1, 500) AS i;
+SELECT count(redrive.pause_batch(b.batch_id)) FROM redrive.batches AS b WHERE b.label = 'paused';
+SELECT redrive._next_due(now()) IS NOT NULL AS wakes;
+SELECT make_due('paused', '1 h');
+SELECT pg_stat_force_next_flush();
+BEGIN;
+SELECT * FROM claimed();
+SELECT batches_read();
+ROLLBACK;
+SELECT count(redrive.resume_batch(b.batch_id)) FROM redrive.batches AS b WHERE b.label = 'paused';
+SELECT * FROM claimed();
