@@ -101,6 +101,7 @@ CREATE UNIQUE INDEX batches_idempotency_key_idx ON redrive.batches (handler_id, 
 CREATE INDEX batches_claimable_idx ON redrive.batches (handler_id, priority DESC, serve_after) WHERE claimable;
 CREATE INDEX batches_due_idx ON redrive.batches (serve_after) WHERE claimable;
 CREATE INDEX batches_retry_idx ON redrive.batches (handler_id, next_retry_at) WHERE next_retry_at IS NOT NULL AND state IN ('running', 'retrying');
+CREATE INDEX batches_retry_priority_idx ON redrive.batches (handler_id, priority DESC, next_retry_at) WHERE next_retry_at IS NOT NULL AND state IN ('running', 'retrying');
 CREATE INDEX batches_live_idx ON redrive.batches (handler_id) WHERE state NOT IN ('finished', 'cancelled');
 CREATE INDEX batches_part_idx ON redrive.batches (part, finished_at);
 

@@ -5,6 +5,31 @@
 CREATE FUNCTION redrive._lease_token() RETURNS bigint
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive__lease_token';
 
+-- The batch with the first of the due retries, when one of priority p_least is due: perhaps one of a higher priority is, too.
+-- One index probe for each priority of which some wait; if these are many, the last probe passes all entries that are not due.
+CREATE FUNCTION redrive._first_retry(p_handler_id int, p_as_of timestamptz, p_least int)
+RETURNS TABLE (batch_id bigint, priority int, due timestamptz)
+LANGUAGE plpgsql STABLE ROWS 1 AS $$
+DECLARE
+    v_most bigint := 2147483647;
+BEGIN
+    FOR probe IN 1 .. 16 LOOP
+        SELECT b.batch_id, b.priority, b.next_retry_at INTO batch_id, priority, due
+        FROM redrive.batches AS b
+        WHERE b.handler_id = p_handler_id AND b.priority BETWEEN p_least AND v_most
+          AND b.next_retry_at <= CASE WHEN probe < 16 THEN 'infinity' ELSE p_as_of END AND b.state IN ('running', 'retrying')
+        ORDER BY b.priority DESC, b.next_retry_at
+        LIMIT 1;
+        EXIT WHEN NOT FOUND;
+        IF due <= p_as_of THEN
+            RETURN NEXT;
+            EXIT;
+        END IF;
+        v_most := priority::bigint - 1;
+    END LOOP;
+END
+$$;
+
 -- The best candidate of each kind of work of a handler: a few index probes,
 -- whatever the number of batches.
 CREATE FUNCTION redrive._work(p_handler_id int, p_as_of timestamptz)
@@ -24,11 +49,14 @@ LANGUAGE sql STABLE AS $$
      ORDER BY b.priority DESC, b.serve_after
      LIMIT 1)
     UNION ALL
-    (SELECT 'retry', b.batch_id, b.priority, b.next_retry_at
-     FROM redrive.batches AS b
-     WHERE b.handler_id = $1 AND b.next_retry_at <= $2 AND b.state IN ('running', 'retrying')
-     ORDER BY b.next_retry_at
-     LIMIT 1)
+    (SELECT 'retry', r.batch_id, r.priority, r.due
+     -- mostly none is due, and one probe is all
+     FROM (SELECT b.priority
+           FROM redrive.batches AS b
+           WHERE b.handler_id = $1 AND b.next_retry_at <= $2 AND b.state IN ('running', 'retrying')
+           ORDER BY b.next_retry_at
+           LIMIT 1) AS d
+     CROSS JOIN LATERAL redrive._first_retry($1, $2, d.priority) AS r)
     UNION ALL
     (SELECT 'callback', k.batch_id, 2147483647, k.next_attempt_at
      FROM redrive.callbacks AS k
@@ -119,7 +147,7 @@ DECLARE
     v_locked boolean := false;
 BEGIN
     FOR cand IN
-        SELECT x.handler_id, x.work FROM redrive._candidates(v_now) AS x
+        SELECT x.handler_id, x.work, x.priority FROM redrive._candidates(v_now) AS x
         WHERE x.owner = p_owner AND (p_callbacks OR x.work NOT IN ('callback', 'build'))
         ORDER BY x.priority DESC, x.due, x.work = 'orphan' DESC
     LOOP
@@ -178,8 +206,8 @@ BEGIN
         ELSE
             SELECT * INTO b
             FROM redrive.batches AS s
-            WHERE s.handler_id = cand.handler_id AND s.next_retry_at <= v_now AND s.state IN ('running', 'retrying')
-            ORDER BY s.next_retry_at
+            WHERE s.handler_id = cand.handler_id AND s.priority <= cand.priority AND s.next_retry_at <= v_now AND s.state IN ('running', 'retrying')
+            ORDER BY s.priority DESC, s.next_retry_at
             LIMIT 1
             FOR UPDATE SKIP LOCKED;
             CONTINUE WHEN NOT FOUND;

@@ -61,6 +61,7 @@ DECLARE
     v_now timestamptz := clock_timestamp();
     v_work text;
     v_batch_id bigint;
+    v_priority int;
     v_locked bigint; -- the first batch that was skipped
     v_due bigint[];
     b redrive.batches;
@@ -69,8 +70,8 @@ DECLARE
     v_lot bigint;
 BEGIN
     outcome := 'none';
-    FOR v_work, v_batch_id IN
-        SELECT w.work, w.batch_id FROM redrive._work(h.handler_id, v_now) AS w
+    FOR v_work, v_batch_id, v_priority IN
+        SELECT w.work, w.batch_id, w.priority FROM redrive._work(h.handler_id, v_now) AS w
         WHERE w.work <> 'callback'
         ORDER BY w.priority DESC, w.due, (w.work = 'orphan') <> p_waited DESC
     LOOP
@@ -122,8 +123,8 @@ BEGIN
         ELSIF v_work = 'retry' THEN
             SELECT * INTO b
             FROM redrive.batches AS s
-            WHERE s.handler_id = h.handler_id AND s.next_retry_at <= v_now AND s.state IN ('running', 'retrying')
-            ORDER BY s.next_retry_at
+            WHERE s.handler_id = h.handler_id AND s.priority <= v_priority AND s.next_retry_at <= v_now AND s.state IN ('running', 'retrying')
+            ORDER BY s.priority DESC, s.next_retry_at
             LIMIT 1
             FOR UPDATE SKIP LOCKED;
             IF NOT FOUND THEN

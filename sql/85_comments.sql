@@ -407,6 +407,7 @@ COMMENT ON FUNCTION redrive._create_handler IS 'Body of create_handler()';
 COMMENT ON FUNCTION redrive._cron_jobs IS 'Jobs that schedule_passes() makes';
 COMMENT ON FUNCTION redrive._drop_handler IS 'Body of drop_handler()';
 COMMENT ON FUNCTION redrive._end_waiting IS 'Make waiting failures final and unlock their keys';
+COMMENT ON FUNCTION redrive._first_retry IS 'Batch with the first of the due retries of a handler';
 COMMENT ON FUNCTION redrive._fold IS 'Add the ended chunks of a batch to its counters and move it on';
 COMMENT ON FUNCTION redrive._give_back IS 'Give a claim back, or end it when its batch was cancelled';
 COMMENT ON FUNCTION redrive._give_back_lost IS 'Give back the claims of lost workers, each on its own';

@@ -9,6 +9,7 @@ DROP INDEX redrive.pushes_due_idx, redrive.pushes_build_idx;
 CREATE INDEX pushes_due_idx ON redrive.pushes (platform_id, awaits_build, next_attempt_at) WHERE state IN ('pending', 'waiting');
 DROP INDEX redrive.batches_retry_idx;
 CREATE INDEX batches_retry_idx ON redrive.batches (handler_id, next_retry_at) WHERE next_retry_at IS NOT NULL AND state IN ('running', 'retrying');
+CREATE INDEX batches_retry_priority_idx ON redrive.batches (handler_id, priority DESC, next_retry_at) WHERE next_retry_at IS NOT NULL AND state IN ('running', 'retrying');
 DROP INDEX redrive.chunks_finished_idx;
 CREATE INDEX chunks_finished_idx ON redrive.chunks (finished_at) WHERE finished_at IS NOT NULL;
 -- out of what is dumped, too
