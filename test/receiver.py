@@ -61,7 +61,7 @@ async def behave(path, number, headers, body, reader, writer):
         await answer(writer, 200)
     elif word == "gate":
         while os.path.exists(os.path.join(directory, "gate")):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # -- slow handler
         await answer(writer, 200)
     elif word == "late":
         await asyncio.sleep(float(rest[1]))  # -- slow handler

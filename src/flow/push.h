@@ -62,6 +62,7 @@ typedef struct Platform
 	int		   *permanent;		/* statuses that are not retried */
 	int			n_permanent;
 	double		retry_interval_s;
+	int			max_retries;
 
 	/* limits */
 	int			max_in_flight;

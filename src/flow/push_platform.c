@@ -28,7 +28,7 @@ static RedriveSql load_platforms = {
 	"SELECT p.platform_id, p.owner, p.name, p.config_version, p.paused, p.build IS NOT NULL AS has_build, p.success_when,"
 	" p.method::text AS method, p.url, p.headers, p.allow_http, ARRAY(SELECT c::text FROM unnest(p.allow_cidr) AS c) AS allow,"
 	" (extract(epoch FROM p.timeout) * 1000)::int8 AS timeout_ms, (extract(epoch FROM p.connect_timeout) * 1000)::int8 AS connect_timeout_ms,"
-	" extract(epoch FROM p.retry_interval)::float8 AS retry_interval_s, p.permanent_status, p.max_in_flight, coalesce(p.rate_limit, 0) AS rate_limit,"
+	" extract(epoch FROM p.retry_interval)::float8 AS retry_interval_s, p.max_retries, p.permanent_status, p.max_in_flight, coalesce(p.rate_limit, 0) AS rate_limit,"
 	" p.secrets::text[] <> ARRAY(SELECT k.kind::text FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id ORDER BY k.kind) AS secrets_lost,"
 	" (SELECT k.secret FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id AND k.kind = 'signing') AS signing,"
 	" (SELECT k.secret FROM redrive.platform_secrets AS k WHERE k.platform_id = p.platform_id AND k.kind = 'signing_previous') AS signing_previous,"
@@ -137,6 +137,7 @@ read_platform(Platform *p, int row, MemoryContext parent)
 	p->connect_timeout_ms = (int) redrive_int64(row, "connect_timeout_ms");
 	p->retry_interval_s = float_of(row, "retry_interval_s");
 	p->max_in_flight = DatumGetInt32(redrive_column(row, "max_in_flight", &isnull));
+	p->max_retries = DatumGetInt32(redrive_column(row, "max_retries", &isnull));
 	p->rate_limit = float_of(row, "rate_limit");
 	p->signing[0] = redrive_text(row, "signing", cxt);
 	p->signing[1] = redrive_text(row, "signing_previous", cxt);

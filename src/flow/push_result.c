@@ -20,7 +20,8 @@
 #include "flow/push.h"
 
 #define FIRST_LIMIT 4
-#define FAILURES_IN_ROW 5
+#define FEWEST_IN_ROW 2			/* failures that open a breaker */
+#define MOST_IN_ROW 5
 #define WINDOW_US INT64CONST(300000000)
 #define WINDOW_ATTEMPTS 10
 #define WINDOW_SHARE 0.7
@@ -144,6 +145,16 @@ close_breaker(Platform *platform)
 	platform->reason[0] = '\0';
 }
 
+/*
+ * How many failures in a row open the breaker: as many as a push has retries, lest those of
+ * a platform with few pushes be used up before.
+ */
+static int
+most_failures(Platform *platform)
+{
+	return Min(Max(platform->max_retries, FEWEST_IN_ROW), MOST_IN_ROW);
+}
+
 /* How long the breaker stays open now: longer each time in a row. */
 static int64
 open_time(Platform *platform)
@@ -237,7 +248,7 @@ redrive_teach_platform(Push *push)
 			open_breaker(platform, now, open_time(platform), psprintf("a probe failed: %s", class));
 		else if (strcmp(class, "credential") == 0 || strcmp(class, "tls") == 0)
 			open_breaker(platform, now, open_time(platform), psprintf("%s: %s", class, push->message != NULL ? push->message : ""));
-		else if (platform->failures_in_row >= FAILURES_IN_ROW)
+		else if (platform->failures_in_row >= most_failures(platform))
 			open_breaker(platform, now, open_time(platform), psprintf("%d failures in a row: %s", platform->failures_in_row, class));
 		else if (platform->window_attempts >= WINDOW_ATTEMPTS && platform->window_failures >= WINDOW_SHARE * platform->window_attempts)
 			open_breaker(platform, now, open_time(platform), psprintf("%lld of %lld attempts failed: %s", (long long) platform->window_failures,
