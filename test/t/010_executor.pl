@@ -64,18 +64,26 @@ sub in_turn
 }
 in_turn('batches one after the other, each picked up at once by an idle executor', 300);
 
-# --- an idle executor sleeps: it does not begin another look until it is woken
+# --- an idle executor sleeps: it looks for work once a second, and not all the time
 #
 # Seen red: with a time-out in redrive_arm_stop that is due at once.
-my $last_look = "SELECT string_agg(state_change::text, ' ' ORDER BY pid) FROM pg_stat_activity WHERE backend_type = 'redrive executor'";
-my $asleep = 0;
-foreach (1 .. 50)
-{
-	my $before = $node->safe_psql('postgres', $last_look);
-	$asleep = $before ne '' && $node->safe_psql('postgres', $last_look) eq $before;
-	last if $asleep;
-}
-ok($asleep, 'an idle executor sleeps');
+$node->safe_psql(
+	'postgres', q{
+CREATE FUNCTION turns_in_a_second() RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    seen timestamptz[] := '{}';
+    bound timestamptz := clock_timestamp() + interval '1 s';
+BEGIN
+    WHILE clock_timestamp() < bound LOOP
+        PERFORM pg_stat_clear_snapshot();
+        seen := ARRAY(SELECT unnest(seen) UNION SELECT state_change FROM pg_stat_activity WHERE backend_type = 'redrive executor');
+    END LOOP;
+    RETURN cardinality(seen);
+END $$;
+});
+my $turns = $node->safe_psql('postgres', 'SELECT turns_in_a_second()');
+cmp_ok($turns, '>', 0, 'there is an idle executor');
+cmp_ok($turns, '<', 30, '... which sleeps');
 # what each did last and waits for; since 17 what it waits for has a name
 my %idle = ('launcher' => 'look for databases|RedriveLauncherMain', 'supervisor' => 'start workers|RedriveSupervisorMain', 'executor' => 'look for work|RedriveExecutorIdle');
 foreach my $kind (sort keys %idle)
