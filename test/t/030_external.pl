@@ -313,7 +313,7 @@ IPC::Run::finish($open->{run});
 # comes back by its lease, what is left of a lot by itself.
 $node->safe_psql('postgres', "SELECT redrive.create_handler('many', kind => 'external'); SELECT redrive.submit('many', ARRAY(SELECT to_jsonb(i) FROM generate_series(1000, 2999) AS i), label => 'many')");
 
-# Start clients that claim, do and complete one item after the other until the batch has ended.
+# Start clients that claim, do and complete one item after the other until the batch has ended; the second half of the items when gate "many" is open.
 sub start_many
 {
 	my ($n) = @_;
@@ -326,6 +326,7 @@ BEGIN
         SELECT x.chunk_id, x.lease_token, x.payload INTO c FROM redrive.claim('many', 1, lease => '5 s', wait => '200 ms') AS x;
         COMMIT;
         IF c.chunk_id IS NOT NULL THEN
+            PERFORM wait_for_gate('many') WHERE c.payload::int >= 2000;
             INSERT INTO effects (item) VALUES (c.payload::int);
             PERFORM redrive.complete(c.chunk_id, c.lease_token);
             COMMIT;
@@ -335,6 +336,7 @@ END $$}])
 	} 1 .. $n;
 }
 $open = stays_open("SELECT batch_id FROM redrive.batches WHERE label = 'many' FOR UPDATE");
+set_gate($node, 'many', 0);
 my @many = start_many(3);
 ok(poll_until($node, "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE '/* many */%' AND wait_event_type = 'Lock'"), 'clients wait for the row of a batch');
 set_gate($node, 'end', 1);
@@ -344,6 +346,7 @@ kill_and_wait($node, "SELECT pid FROM pg_stat_activity WHERE query LIKE '/* many
 IPC::Run::finish($_->{run}) foreach @many;
 ok(poll_until($node, "SELECT count(*) FROM redrive.batch_progress WHERE label = 'many' AND pending > 0", '1'), 'after the restart there is something left');
 verified_ok($node, 'after a crash with lots');
+set_gate($node, 'many', 1);
 @many = start_many(3);
 batch_is($node, 'many');
 IPC::Run::finish($_->{run}) foreach @many;
