@@ -6,10 +6,10 @@ Listens on a port of its choice, which it writes to DIRECTORY/port, and appends 
 that it has read: that file is the truth about what arrived. While there is a file DIRECTORY/down it answers 500 to everything.
 With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
 
-    /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /late/STATUS/SECONDS  /first/N (500 to the first N requests of a webhook-id)
+    /ok  /status/N  /retry-after/N/SECONDS  /json/TEXT  /delay/SECONDS  /first/N (500 to the first N requests of a webhook-id)
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /header (one without end)  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /unicode (... with all characters escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
-    /gate (200 when there is no file DIRECTORY/gate any more)  /numbers/N (an array of N)  /poison (no jsonb to the task "bad")
+    /numbers/N (an array of N)  /poison (no jsonb to the task "bad")  /held/STATUS/NAME (answers when there is a file DIRECTORY/NAME)
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
@@ -59,12 +59,9 @@ async def behave(path, number, headers, body, reader, writer):
     elif word == "delay":
         await asyncio.sleep(float(rest[0]))  # -- slow handler
         await answer(writer, 200)
-    elif word == "gate":
-        while os.path.exists(os.path.join(directory, "gate")):
+    elif word == "held":
+        while not os.path.exists(os.path.join(directory, rest[1])):
             await asyncio.sleep(0.01)  # -- slow handler
-        await answer(writer, 200)
-    elif word == "late":
-        await asyncio.sleep(float(rest[1]))  # -- slow handler
         await answer(writer, int(rest[0]))
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)

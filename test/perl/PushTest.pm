@@ -11,7 +11,7 @@ use JSON::PP;
 use PostgreSQL::Test::Utils;
 use Time::HiRes qw(time usleep);
 
-our @EXPORT = qw(start_receiver stop_receiver received wait_for_request wait_for_file platform);
+our @EXPORT = qw(start_receiver stop_receiver received wait_for_request release wait_for_file platform);
 
 # Start a receiver, with a certificate one that speaks TLS; return { port, dir, process }.  See test/receiver.py.
 sub start_receiver
@@ -52,6 +52,15 @@ sub wait_for_request
 
 	usleep(10_000) until received($receiver, $path) >= $n || time() > $end;
 	return received($receiver, $path) >= $n;
+}
+
+# Let requests to /held/STATUS/NAME have their answer.
+sub release
+{
+	my ($receiver, $name) = @_;
+
+	append_to_file("$receiver->{dir}/$name", '');
+	return;
 }
 
 # Wait until there is a file; return whether there is.

@@ -241,10 +241,12 @@ drop_platforms();
 # A platform that moves hears nothing of what is answered at its old place.
 #
 # Seen red: without config_version in redrive_teach_platform() (src/flow/push_result.c) it is paused.
-platform($node, $receiver, 'moving', '/late/410/1.5', "retry_interval => '10 ms'");
+platform($node, $receiver, 'moving', '/held/410/moved', "retry_interval => '10 ms'");
 $node->safe_psql('postgres', "SELECT redrive.record_task('moving', 'first')");
-wait_for_request($receiver, '/late/410/1.5', 1);
-$node->safe_psql('postgres', "SELECT redrive.alter_platform('moving', url => 'http://127.0.0.1:$receiver->{port}/ok')");
+wait_for_request($receiver, '/held/410/moved', 1);
+$node->safe_psql('postgres', "SELECT redrive.alter_platform('moving', url => 'http://127.0.0.1:$receiver->{port}/moved'), redrive.record_task('after it', 'first')");
+ok(wait_for_request($receiver, '/moved', 1), 'the pusher knows its new place');
+release($receiver, 'moved');
 becomes('moving', 'delivered', 'a platform moves while something is sent to its old place');
 is($node->safe_psql('postgres', "SELECT paused FROM redrive.platforms WHERE name = 'moving'"), 'f', '... and is not paused');
 drop_platforms();
@@ -252,16 +254,17 @@ drop_platforms();
 # A task that becomes a test while it is pushed.
 #
 # Seen red: without "dead" and "blocked" in record_delivered (src/flow/push_record.c) the status of the test is sent.
-platform($node, $receiver, 'tested', '/delay/1.5');
+platform($node, $receiver, 'tested', '/held/200/tested');
 $node->safe_psql('postgres', "SELECT redrive.record_task('tested', 'first')");
-wait_for_request($receiver, '/delay/1.5', 1);
+wait_for_request($receiver, '/held/200/tested', 1);
 $node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('tested', 'second'); SELECT redrive.record_task('tested', 'of a test', is_test => true); COMMIT");
+release($receiver, 'tested');
 ok(poll_until($node, "SELECT count(*) = 1 FROM redrive.push_attempts WHERE platform = 'tested' AND delivered"), 'it is delivered while it becomes a test');
 is($node->safe_psql('postgres', "SELECT state, error_class, pushed_version, wanted_version FROM redrive.push_status WHERE platform = 'tested'"), 'blocked|test|1|2', '... and waits for nothing else');
 platform($node, $receiver, 'after', '/after');
 $node->safe_psql('postgres', "SELECT redrive.record_task('after', 'first')");
 becomes('after', 'delivered', 'another one goes on');
-is(join(' ', map { $_->{body} =~ /"tested".*"version" : (\d)/ } received($receiver, '/delay/1.5')), '1', '... and nothing of the test was sent');
+is(join(' ', map { $_->{body} =~ /"tested".*"version" : (\d)/ } received($receiver, '/held/200/tested')), '1', '... and nothing of the test was sent');
 drop_platforms();
 
 # A slow platform delays nobody, a change while a push is under way is pushed after it, and an outage costs no retries.

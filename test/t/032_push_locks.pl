@@ -32,13 +32,12 @@ sub others_are_pushed
 	return;
 }
 
-append_to_file("$receiver->{dir}/gate", '');
-platform($node, $receiver, 'slow', '/gate', "timeout => '3 min', lease => '4 min'");
+platform($node, $receiver, 'slow', '/held/200/recorded', "timeout => '3 min', lease => '4 min'");
 $node->safe_psql('postgres', "SELECT redrive.record_task('held', 'first')");
-ok(wait_for_request($receiver, '/gate', 1), 'a push is under way');
+ok(wait_for_request($receiver, '/held/200/recorded', 1), 'a push is under way');
 is($node->safe_psql('postgres', 'SELECT redrive.redrive_push()'), 0, 'it cannot be wanted again');
 $node->safe_psql('postgres', "BEGIN; SELECT redrive.record_task('held', 'second'); PREPARE TRANSACTION 'record'");
-unlink("$receiver->{dir}/gate") or die;
+release($receiver, 'recorded');
 platform($node, $receiver, 'fast', '/fast');
 others_are_pushed('another task is pushed while a transaction has recorded one and is open');
 is($node->safe_psql('postgres', "SELECT state FROM redrive.push_status WHERE task_key = 'held' AND platform = 'slow'"), 'in_flight', 'the push of that one is still under way');
@@ -55,7 +54,7 @@ others_are_pushed('another task is pushed while a transaction has changed the pl
 $node->safe_psql('postgres', "COMMIT PREPARED 'record'");
 ok( poll_until($node, "SELECT bool_and(u.state = 'delivered' AND u.pushed_version = t.version) AND count(*) = 1 FROM $pushes WHERE t.task_key = 'held' AND p.name = 'slow'"),
 	'at its end its push is recorded, and the new status is pushed');
-is(join(' ', map { $_->{sequence} } grep { $_->{body} =~ /"held"/ } received($receiver, '/gate')), '1 2', '... each once');
+is(join(' ', map { $_->{sequence} } grep { $_->{body} =~ /"held"/ } received($receiver, '/held/200/recorded')), '1 2', '... each once');
 $node->safe_psql('postgres', "COMMIT PREPARED 'resume'");
 is($node->safe_psql('postgres', "SELECT max(u.attempt_no) FROM $pushes WHERE t.task_key <> 'held'"), 1, 'no push of the others was tried twice');
 

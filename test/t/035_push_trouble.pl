@@ -258,11 +258,12 @@ start_over();
 # A cancel ends a statement, not the pusher.
 #
 # Seen red: without QueryCancelPending = false in redrive_pusher_main().
-platform($node, $receiver, 'slow', '/delay/0.5', 'max_retries => 0');
+platform($node, $receiver, 'slow', '/held/200/cancelled', 'max_retries => 0');
 sql("SELECT redrive.record_task('slow', 'new')");
 $pid = sql($pusher);
-ok(wait_for_request($receiver, '/delay/0.5', 1), 'a request is under way');
+ok(wait_for_request($receiver, '/held/200/cancelled', 1), 'a request is under way');
 sql("SELECT pg_cancel_backend(($pusher))");
+release($receiver, 'cancelled');
 becomes('slow', 'delivered', '... and goes on although the pusher is cancelled');
 is(sql($pusher), $pid, 'the pusher is the same');
 start_over();
