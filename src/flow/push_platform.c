@@ -57,8 +57,8 @@ static RedriveSql write_platform = {
 
 static RedriveSql pause_platform = {
 	"UPDATE redrive.platforms SET paused = true"
-	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platforms AS x WHERE x.platform_id = $1 FOR NO KEY UPDATE SKIP LOCKED)",
-	1, {INT4OID}
+	" WHERE platform_id = (SELECT x.platform_id FROM redrive.platforms AS x WHERE x.platform_id = $1 AND x.config_version = $2 FOR NO KEY UPDATE SKIP LOCKED)",
+	2, {INT4OID, INT8OID}
 };
 
 static const char *const breaker_names[] = {"closed", "open", "half_open"};
@@ -283,6 +283,7 @@ redrive_write_platforms(List *platforms)
 	{
 		Platform   *p = lfirst(lc);
 		Datum		values[16];
+		Datum		version[2];
 		char		nulls[17] = "                ";
 
 		p->written = false;
@@ -308,8 +309,10 @@ redrive_write_platforms(List *platforms)
 		values[13] = Int64GetDatum(p->new_delivered);
 		values[14] = TimestampTzGetDatum(now);
 		values[15] = Int64GetDatum(p->config_version);
-		/* not what somebody else has locked: later */
-		p->written = !p->gone || p->paused || redrive_sql(&pause_platform, values, NULL) > 0;
+		version[0] = values[0];
+		version[1] = values[15];
+		/* not what somebody else has locked: later; nor what was altered since */
+		p->written = !p->gone || p->paused || redrive_sql(&pause_platform, version, NULL) > 0;
 		if (p->written)
 			p->written = redrive_sql(&write_platform, values, nulls) > 0;
 	}
