@@ -26,7 +26,14 @@ INSERT INTO states (sqlstate) SELECT unnest(ARRAY['RD001', 'RD002', '40001', '40
 SELECT s.sqlstate, c.error_class, c.action, regexp_replace(c.rule, '^rule \d+(, )?', '') AS rule
 FROM states AS s CROSS JOIN LATERAL redrive.classify('h', s.sqlstate) AS c ORDER BY s.place;
 
--- The engine does what classify() says: one batch each, for those that pause.
+-- The engine does what classify() says: one batch each, for those that pause.  Retries come later, however long all this takes.
+CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.next_retry_at := NEW.next_retry_at + interval '1 day';
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER later BEFORE UPDATE OF next_retry_at ON redrive.batches FOR EACH ROW EXECUTE FUNCTION later();
 -- 57014 raised here would be taken for a Ctrl-C in this session.
 SELECT count(redrive.submit('h', ARRAY[jsonb_build_object('sqlstate', sqlstate)], ARRAY[sqlstate], label => sqlstate)) AS submitted
 FROM (SELECT sqlstate FROM states WHERE sqlstate <> '57014' ORDER BY place) AS s;
@@ -125,6 +132,7 @@ LEFT JOIN redrive.failed_items AS f ON f.handler = e.handler AND f.batch_id = ba
 GROUP BY e.handler ORDER BY e.handler;
 SELECT error_class, hits FROM redrive.classification_rules WHERE NOT builtin ORDER BY rule_id;
 SELECT * FROM broken;
+DROP TRIGGER later ON redrive.batches;
 SELECT redrive.cancel_batch(batch_id) FROM redrive.batch_progress WHERE state NOT IN ('finished', 'cancelled') ORDER BY batch_id \g /dev/null
 DELETE FROM redrive.classification_rules WHERE NOT builtin;
 
