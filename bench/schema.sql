@@ -70,13 +70,13 @@ END
 $$;
 
 -- What set handlers are compared with: one UPDATE per p_size items, no books.
-CREATE PROCEDURE loop_set(p_n bigint, p_size int)
+CREATE PROCEDURE loop_set(p_from bigint, p_to bigint, p_size int)
 LANGUAGE plpgsql AS $$
 DECLARE
-    s bigint := 1;
+    s bigint := p_from;
 BEGIN
-    WHILE s <= p_n LOOP
-        UPDATE todo SET state = 'approved', approved_at = now() WHERE id = ANY (ARRAY(SELECT generate_series(s, least(s + p_size - 1, p_n))));
+    WHILE s <= p_to LOOP
+        UPDATE todo SET state = 'approved', approved_at = now() WHERE id = ANY (ARRAY(SELECT generate_series(s, least(s + p_size - 1, p_to))));
         COMMIT;
         s := s + p_size;
     END LOOP;

@@ -311,7 +311,7 @@ redrive_write_platforms(List *platforms)
 		values[15] = Int64GetDatum(p->config_version);
 		version[0] = values[0];
 		version[1] = values[15];
-		/* not what somebody else has locked: later; nor what was altered since */
+		/* later what somebody else has locked, and not what was altered */
 		p->written = !p->gone || p->paused || redrive_sql(&pause_platform, version, NULL) > 0;
 		if (p->written)
 			p->written = redrive_sql(&write_platform, values, nulls) > 0;
