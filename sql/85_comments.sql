@@ -755,6 +755,7 @@ COMMENT ON FUNCTION redrive._record_task IS 'Body of record_task()';
 COMMENT ON FUNCTION redrive._check_task IS 'Raise an error about a task';
 COMMENT ON FUNCTION redrive._task_source IS 'Trigger of attach_task_source()';
 COMMENT ON FUNCTION redrive._retry_delay IS 'Time from an attempt to the next';
+COMMENT ON FUNCTION redrive._task_body IS 'Body of a push without a build function, NULL if it is too long';
 COMMENT ON FUNCTION redrive._reap_pushes IS 'End attempts of which nobody will tell any more';
 COMMENT ON FUNCTION redrive._free_builds IS 'A platform of a role with bodies to be built, and their pushes';
 COMMENT ON FUNCTION redrive._redrive_push IS 'Body of redrive_push()';
