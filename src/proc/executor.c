@@ -132,6 +132,8 @@ redrive_executor_main(Datum arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, redrive_request_stop);
 	BackgroundWorkerUnblockSignals();
+	/* the server ignores a reload while it starts us */
+	ConfigReloadPending = true;
 	BackgroundWorkerInitializeConnectionByOid(slot->database, slot->owner, REDRIVE_OWNER_CONNECTION_FLAGS);
 	fix_settings();
 	if (GetUserId() != slot->owner)

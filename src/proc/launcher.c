@@ -270,6 +270,8 @@ redrive_launcher_main(Datum arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
 	BackgroundWorkerUnblockSignals();
+	/* the server ignores a reload while it starts us */
+	ConfigReloadPending = true;
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 	wait_event = redrive_wait_event("RedriveLauncherMain");
 	loop_cxt = AllocSetContextCreate(TopMemoryContext, "redrive launcher", ALLOCSET_DEFAULT_SIZES);

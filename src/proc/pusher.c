@@ -419,6 +419,8 @@ redrive_pusher_main(Datum arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
 	BackgroundWorkerUnblockSignals();
+	/* the server ignores a reload while it starts us */
+	ConfigReloadPending = true;
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	if (!redrive_enter_pusher())
 		proc_exit(0);

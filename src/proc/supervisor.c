@@ -417,6 +417,8 @@ redrive_supervisor_main(Datum arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
 	BackgroundWorkerUnblockSignals();
+	/* the server ignores a reload while it starts us */
+	ConfigReloadPending = true;
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	wait_event = redrive_wait_event("RedriveSupervisorMain");
 	supervisor_cxt = AllocSetContextCreate(TopMemoryContext, "redrive supervisor", ALLOCSET_DEFAULT_SIZES);

@@ -12,7 +12,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_node poll_until query kill_and_wait kill_postmaster wait_for_exit
-  create_effects create_await set_gate batch_is verified_ok wait_for_page private_kb);
+  create_effects create_await set_gate batch_is verified_ok wait_for_page wait_for_title private_kb);
 
 # Seconds that one wait may take.
 my $timeout = $PostgreSQL::Test::Utils::timeout_default // 180;
@@ -189,6 +189,20 @@ sub kill_postmaster
 	# a zombie still answers to kill(0), which makes the next start refuse
 	unlink $pidfile, $node->host . '/.s.PGSQL.' . $node->port . '.lock';
 	return;
+}
+
+# Wait until there is a process with such a title; return whether there is.
+sub wait_for_title
+{
+	my ($pattern) = @_;
+	my $end = time() + $timeout;
+
+	do
+	{
+		return 1 if grep { my $file; open($file, '<', $_) && (<$file> // '') =~ $pattern } glob('/proc/[0-9]*/cmdline');
+		usleep(10_000);
+	} while (time() < $end);
+	return 0;
 }
 
 # Return the private memory of a process in kB; undef if it is gone, or if this is no
