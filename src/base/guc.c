@@ -10,6 +10,8 @@
 #include <limits.h>
 
 #include "nodes/pg_list.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/varlena.h"
@@ -188,4 +190,18 @@ redrive_define_settings(bool preloading)
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("redrive");
+}
+
+/*
+ * Let a background worker take the signals for a reload and for its end, the latter with
+ * this handler.  What was reloaded while the server was starting it, it could not know:
+ * so it shall read the settings again.
+ */
+void
+redrive_take_signals(pqsigfunc on_terminate)
+{
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, on_terminate);
+	BackgroundWorkerUnblockSignals();
+	ConfigReloadPending = true;
 }

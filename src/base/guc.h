@@ -20,5 +20,6 @@ extern int	redrive_worker_idle_timeout;	/* milliseconds */
 
 extern void redrive_define_settings(bool preloading);
 extern bool redrive_port_listed(int port);
+extern void redrive_take_signals(pqsigfunc on_terminate);
 
 #endif							/* REDRIVE_GUC_H */

@@ -129,11 +129,7 @@ redrive_executor_main(Datum arg)
 		proc_exit(0);			/* given up by the supervisor */
 	redrive_slot_attach(slot);
 
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, redrive_request_stop);
-	BackgroundWorkerUnblockSignals();
-	/* the server ignores a reload while it starts us */
-	ConfigReloadPending = true;
+	redrive_take_signals(redrive_request_stop);
 	BackgroundWorkerInitializeConnectionByOid(slot->database, slot->owner, REDRIVE_OWNER_CONNECTION_FLAGS);
 	fix_settings();
 	if (GetUserId() != slot->owner)

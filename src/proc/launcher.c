@@ -267,11 +267,7 @@ redrive_launcher_main(Datum arg)
 	MemoryContext loop_cxt;
 	uint32		wait_event;
 
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
-	BackgroundWorkerUnblockSignals();
-	/* the server ignores a reload while it starts us */
-	ConfigReloadPending = true;
+	redrive_take_signals(SignalHandlerForShutdownRequest);
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 	wait_event = redrive_wait_event("RedriveLauncherMain");
 	loop_cxt = AllocSetContextCreate(TopMemoryContext, "redrive launcher", ALLOCSET_DEFAULT_SIZES);

@@ -416,11 +416,7 @@ redrive_pusher_main(Datum arg)
 	TimestampTz not_before = 0; /* after an error */
 	uint32		wait_event;
 
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
-	BackgroundWorkerUnblockSignals();
-	/* the server ignores a reload while it starts us */
-	ConfigReloadPending = true;
+	redrive_take_signals(SignalHandlerForShutdownRequest);
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	if (!redrive_enter_pusher())
 		proc_exit(0);

@@ -414,11 +414,7 @@ redrive_supervisor_main(Datum arg)
 	TimestampTz rescued_at = 0;
 	uint32		wait_event;
 
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
-	BackgroundWorkerUnblockSignals();
-	/* the server ignores a reload while it starts us */
-	ConfigReloadPending = true;
+	redrive_take_signals(SignalHandlerForShutdownRequest);
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	wait_event = redrive_wait_event("RedriveSupervisorMain");
 	supervisor_cxt = AllocSetContextCreate(TopMemoryContext, "redrive supervisor", ALLOCSET_DEFAULT_SIZES);

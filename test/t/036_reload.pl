@@ -1,6 +1,6 @@
 # A reload while a worker starts: the server sets the signal to be ignored then, which drops one that is pending.
 #
-# Seen red: without ConfigReloadPending = true in redrive_supervisor_main().
+# Seen red: without ConfigReloadPending = true in redrive_take_signals() (src/base/guc.c).
 use strict;
 use warnings;
 
