@@ -42,7 +42,7 @@ BEGIN
 END
 $$;
 
--- What a constraint can ask of a list only.
+-- The constraints of arrays are about lists: array_position() raises an error of its own for several dimensions.
 CREATE FUNCTION redrive._check_list(p_name text, p_list anyarray) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN

@@ -424,18 +424,20 @@ bool
 redrive_reap_pushes(int64 pusher)
 {
 	Datum		values[2];
+	int			n;
 
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp());
 	values[1] = Int64GetDatum(pusher);
 	redrive_sql_one_row(&reap_pushes, values, NULL);
-	n_unreaped = 0;
+	n = (int) redrive_sql(&unreaped_pushes, &values[1], NULL);
+	n_unreaped = 0;				/* until there is room for them */
 	if (unreaped != NULL)
 		pfree(unreaped);
 	unreaped = NULL;
-	n_unreaped = (int) redrive_sql(&unreaped_pushes, &values[1], NULL);
-	if (n_unreaped > 0)
-		unreaped = MemoryContextAlloc(TopMemoryContext, n_unreaped * sizeof(int64));
-	for (int row = 0; row < n_unreaped; row++)
+	if (n > 0)
+		unreaped = MemoryContextAlloc(TopMemoryContext, n * sizeof(int64));
+	for (int row = 0; row < n; row++)
 		unreaped[row] = redrive_int64(row, "push_id");
+	n_unreaped = n;
 	return n_unreaped > 0;
 }

@@ -21,19 +21,10 @@
 PG_FUNCTION_INFO_V1(redrive__task_body);
 
 static void
-append_name(StringInfo body, const char *name)
-{
-	appendStringInfoString(body, body->len > 1 ? ", " : "");
-	escape_json(body, name);
-	appendStringInfoString(body, " : ");
-}
-
-static void
-append_time(StringInfo body, const char *name, Datum time)
+append_time(StringInfo body, Datum time)
 {
 	char		text[MAXDATELEN + 1];
 
-	append_name(body, name);
 	(void) JsonEncodeDateTime(text, time, TIMESTAMPTZOID, NULL);
 	escape_json(body, text);
 }
@@ -41,8 +32,8 @@ append_time(StringInfo body, const char *name, Datum time)
 /*
  * SQL: _task_body(task_key, status, version, process, payload, created_at, changed_at)
  *
- * What json_build_object() would make of these, at an eighth of the price: that one looks
- * the type of each argument up each time.  NULL if it is longer than a body may be.
+ * What json_build_object() would make of these, with less than half of the instructions:
+ * that one looks the type of each argument up each time.  NULL if it is longer than a body may be.
  */
 Datum
 redrive__task_body(PG_FUNCTION_ARGS)
@@ -51,22 +42,21 @@ redrive__task_body(PG_FUNCTION_ARGS)
 	StringInfoData body;
 
 	initStringInfo(&body);
-	appendStringInfoChar(&body, '{');
-	append_name(&body, "task_key");
+	appendStringInfoString(&body, "{\"task_key\" : ");
 	escape_json(&body, text_to_cstring(PG_GETARG_TEXT_PP(0)));
-	append_name(&body, "status");
+	appendStringInfoString(&body, ", \"status\" : ");
 	escape_json(&body, text_to_cstring(PG_GETARG_TEXT_PP(1)));
-	append_name(&body, "version");
-	appendStringInfo(&body, INT64_FORMAT, PG_GETARG_INT64(2));
-	append_name(&body, "process");
+	appendStringInfo(&body, ", \"version\" : " INT64_FORMAT ", \"process\" : ", PG_GETARG_INT64(2));
 	if (PG_ARGISNULL(3))
 		appendStringInfoString(&body, "null");
 	else
 		escape_json(&body, text_to_cstring(PG_GETARG_TEXT_PP(3)));
-	append_name(&body, "payload");
+	appendStringInfoString(&body, ", \"payload\" : ");
 	(void) JsonbToCString(&body, &payload->root, VARSIZE(payload));
-	append_time(&body, "created_at", PG_GETARG_DATUM(5));
-	append_time(&body, "changed_at", PG_GETARG_DATUM(6));
+	appendStringInfoString(&body, ", \"created_at\" : ");
+	append_time(&body, PG_GETARG_DATUM(5));
+	appendStringInfoString(&body, ", \"changed_at\" : ");
+	append_time(&body, PG_GETARG_DATUM(6));
 	appendStringInfoChar(&body, '}');
 	if (body.len > REDRIVE_HTTP_MAX_BODY)
 		PG_RETURN_NULL();
