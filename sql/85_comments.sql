@@ -681,7 +681,7 @@ COMMENT ON COLUMN redrive.platform_health.breaker IS 'State of the circuit break
 COMMENT ON COLUMN redrive.platform_health.reason IS 'Why it is not closed, or the platform paused';
 COMMENT ON COLUMN redrive.platform_health.blocked_until IS 'When probes may be sent';
 COMMENT ON COLUMN redrive.platform_health.due IS 'Pushes that are due';
-COMMENT ON COLUMN redrive.platform_health.in_flight IS 'Pushes that are being sent';
+COMMENT ON COLUMN redrive.platform_health.in_flight IS 'Pushes that are being sent, or are claimed to be sent next';
 COMMENT ON COLUMN redrive.platform_health.waiting IS 'Pushes that wait for a retry';
 COMMENT ON COLUMN redrive.platform_health.dead IS 'Pushes that were given up';
 COMMENT ON COLUMN redrive.platform_health.blocked IS 'Pushes that the configuration blocks';

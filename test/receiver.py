@@ -10,12 +10,14 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /header (one without end)  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /unicode (... with all characters escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /numbers/N (an array of N)  /poison (no jsonb to the task "bad")  /held/STATUS/NAME (answers when there is a file DIRECTORY/NAME)
+    /stops/NAME (answers when there is none)
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
 
 directory, secret, certificate = (sys.argv[1:] + [None, None])[:3]
 seen = {}
+under_way = {}
 rolls = {}
 CHAOS = ["/ok", "/ok", "/ok", "/status/500", "/status/404", "/status/302", "/status/401", "/retry-after/429/1", "/retry-after/503/1", "/json/nonsense",
          "/delay/0.05", "/delay/5", "/drip", "/reset", "/close", "/huge", "/headers", "/header", "/bytes", "/deep/30000"]
@@ -63,6 +65,10 @@ async def behave(path, number, headers, body, reader, writer):
         while not os.path.exists(os.path.join(directory, rest[1])):
             await asyncio.sleep(0.01)  # -- slow handler
         await answer(writer, int(rest[0]))
+    elif word == "stops":
+        while os.path.exists(os.path.join(directory, rest[0])):
+            await asyncio.sleep(0.01)  # -- slow handler
+        await answer(writer, 200)
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)
     elif word == "deep":
@@ -128,9 +134,13 @@ async def serve(reader, writer):
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             key = headers.get("webhook-id", "")
             seen[key] = seen.get(key, 0) + 1
+            under_way[path] = under_way.get(path, 0) + 1
             log.write(json.dumps({"at": time.time(), "method": method, "path": path, "id": key, "sequence": headers.get("webhook-sequence"),
-                                  "signed": signed(headers, body), "headers": headers, "body": body.decode("utf-8", "replace")}) + "\n")
-            await behave(path, seen[key], headers, body, reader, writer)
+                                  "under_way": under_way[path], "signed": signed(headers, body), "headers": headers, "body": body.decode("utf-8", "replace")}) + "\n")
+            try:
+                await behave(path, seen[key], headers, body, reader, writer)
+            finally:
+                under_way[path] -= 1
     except (asyncio.IncompleteReadError, ConnectionError):
         pass
     finally:

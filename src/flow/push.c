@@ -46,7 +46,7 @@
 	" claims AS (INSERT INTO redrive.push_claims (platform_id, pusher, is_probe, claimed_at, lease_until, push_ids, versions)" \
 	"  SELECT w.platform_id, $6, w.probe, $5, w.lease_until, array_agg(w.push_id), array_agg(w.version)" \
 	"  FROM wanted AS w GROUP BY w.platform_id, w.probe, w.lease_until RETURNING claim_id, platform_id)" \
-	" SELECT w.push_id, w.platform_id::int8 AS platform_id, w.version, w.push_key::text || '-' || w.version AS id, w.config_version, w.probe, w.body, c.claim_id" \
+	" SELECT w.platform_id::int8 AS platform_id, c.claim_id, w.push_id, w.version, w.probe, w.config_version, w.push_key::text || '-' || w.version AS id, w.body" \
 	" FROM claims AS c JOIN wanted AS w ON w.platform_id = c.platform_id ORDER BY c.claim_id"
 #define CLAIM_TYPES \
 	.nargs = 9,.argtypes = {INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID, BOOLARRAYOID, TIMESTAMPTZOID, INT8OID, INT8ARRAYOID, INT4OID, INT4ARRAYOID}
@@ -127,7 +127,7 @@ under_way(Platform **platforms, int n, List *claimed)
 			ids[n_ids++] = Int64GetDatum(push->push_id);
 	}
 	foreach(lc, claimed)
-		ids[n_ids++] = Int64GetDatum(((Claimed *) lfirst(lc))->push->push_id);
+		ids[n_ids++] = Int64GetDatum(((Push *) lfirst(lc))->push_id);
 	for (int i = 0; i < n_unreaped; i++)
 		ids[n_ids++] = Int64GetDatum(unreaped[i]);
 	return redrive_array(INT8OID, n_ids, ids, NULL);
@@ -174,10 +174,10 @@ share_out(List *platforms)
 }
 
 /*
- * Claim what is due, at most room in all and what each owner and platform has room for; if
- * alone is not NULL, for that platform only.
+ * Claim what is due, at most room in all and what each owner and platform has room for, and
+ * more for platforms that are quick; if alone is not NULL, for that platform only.
  *
- * Returns a list of Claimed in the current context, which has to outlive the
+ * Returns a list of Push in the current context, which has to outlive the
  * transaction.  It has to be committed before anything is sent, and then the list
  * is for redrive_keep_claimed().  Sets outdated if a platform has changed since it was
  * loaded: what was claimed may have been recorded together with that.
@@ -215,10 +215,17 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 		p->asked = 0;
 		if (own <= 0 || !p->more_due || (alone != NULL && p != alone))
 			continue;
+		if (alone == NULL)
+		{
+			/* takes no room of others: it is sent when something has ended */
+			const int	prefetch = Max(redrive_prefetch_of(p, now) - p->n_prefetched, 0);
+
+			p->owner->room += prefetch;
+			room += prefetch;
+		}
 		p->asked = own;
 		ids[n] = Int32GetDatum(p->platform_id);
 		rooms[n] = Int32GetDatum(own);
-		owner_rooms[n] = Int32GetDatum(p->owner->room);
 		probes[n] = BoolGetDatum(p->breaker == BREAKER_HALF_OPEN);
 		built[n] = BoolGetDatum(p->has_build);
 		asked[n] = p;
@@ -228,6 +235,8 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 	if (n == 0)
 		return NIL;
 	first = (first + 1) % list_length(platforms);
+	for (int i = 0; i < n; i++)
+		owner_rooms[i] = Int32GetDatum(asked[i]->owner->room);
 	values[0] = redrive_array(INT4OID, n, ids, NULL);
 	values[1] = redrive_array(INT4OID, n, rooms, NULL);
 	values[2] = redrive_array(BOOLOID, n, probes, NULL);
@@ -242,7 +251,6 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 	rows = redrive_sql(one_owner ? &claim_of_one_owner : &claim_of_owners, values, NULL);
 	for (uint64 row = 0; row < rows; row++)
 	{
-		Claimed    *c = MemoryContextAllocZero(result_cxt, sizeof(Claimed));
 		Push	   *push = MemoryContextAllocZero(result_cxt, sizeof(Push));
 		int32		platform_id = (int32) redrive_int64(row, "platform_id");
 		int64		claim_id = redrive_int64(row, "claim_id");
@@ -263,17 +271,20 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 		push->version = redrive_int64(row, "version");
 		push->is_probe = redrive_bool(row, "probe");
 		push->started_at = now;
-		*outdated |= redrive_int64(row, "config_version") != push->platform->config_version;
+		push->config_version = redrive_int64(row, "config_version");
+		*outdated |= push->config_version != push->platform->config_version;
 		push->platform->asked--;
 		push->platform->owner->room--;
-		c->push = push;
-		c->id = redrive_text(row, "id", result_cxt);
-		c->body = redrive_text(row, "body", result_cxt);
+		push->id = redrive_text(row, "id", result_cxt);
+		push->body = redrive_text(row, "body", result_cxt);
 		/* what is sent is JSON, which is UTF-8 */
-		if (c->body != NULL)
-			c->body = pg_server_to_any(c->body, strlen(c->body), PG_UTF8);
+		if (push->body != NULL)
+		{
+			push->body = pg_server_to_any(push->body, strlen(push->body), PG_UTF8);
+			push->platform->body_size += ((int) strlen(push->body) - push->platform->body_size) / 8;
+		}
 		old_cxt = MemoryContextSwitchTo(result_cxt);
-		claimed = lappend(claimed, c);
+		claimed = lappend(claimed, push);
 		MemoryContextSwitchTo(old_cxt);
 	}
 	/* who gave less than was asked for has no more, if there was room for all */
@@ -315,10 +326,9 @@ redrive_keep_claimed(List *claimed, MemoryContext cxt)
 
 	foreach(lc, claimed)
 	{
-		Claimed    *c = lfirst(lc);
 		Push	   *push = palloc(sizeof(Push));
 
-		*push = *c->push;
+		*push = *(Push *) lfirst(lc);
 		if (push->claim != from)
 		{
 			from = push->claim;
@@ -326,7 +336,7 @@ redrive_keep_claimed(List *claimed, MemoryContext cxt)
 			*claim = *from;
 		}
 		push->claim = claim;
-		c->push = push;
+		lfirst(lc) = push;
 		dlist_push_tail(&push->platform->claimed, &push->node);
 		push->platform->n_claimed++;
 	}
@@ -379,7 +389,7 @@ redrive_next_push(List *platforms, List *claimed)
 	uint64		rows;
 
 	foreach(lc, claimed)
-		((Claimed *) lfirst(lc))->push->platform->in_flight++;
+		((Push *) lfirst(lc))->platform->in_flight++;
 	share_out(platforms);
 	foreach(lc, platforms)
 	{
@@ -392,7 +402,8 @@ redrive_next_push(List *platforms, List *claimed)
 		ready[n++] = p;
 	}
 	foreach(lc, claimed)
-		((Claimed *) lfirst(lc))->push->platform->in_flight--;
+		((Push *) lfirst(lc))->platform->in_flight--;
+	share_out(platforms);		/* what is prefetched is not under way yet */
 	if (n == 0)
 		return DT_NOEND;
 	values[0] = redrive_array(INT4OID, n, ids, NULL);

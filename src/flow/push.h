@@ -19,6 +19,9 @@
 /* How much of an answer is kept in the log. */
 #define REDRIVE_KEPT_ANSWER 4096
 
+/* The pause after an error of ours. */
+#define REDRIVE_AFTER_ERROR_MS 1000
+
 typedef enum BreakerState
 {
 	BREAKER_CLOSED,				/* requests are sent -> OPEN */
@@ -71,6 +74,14 @@ typedef struct Platform
 	TimestampTz tokens_at;
 	dlist_head	claimed;		/* pushes that are not recorded */
 	int			n_claimed;
+	struct Push *prefetched;	/* those of them that wait for room, the first
+								 * comes first */
+	struct Push *last_prefetched;
+	int			n_prefetched;
+	TimestampTz pace_since;		/* of this short time answers are counted */
+	int			answers;
+	int			pace;			/* how many came in the one before */
+	int			body_size;		/* of what was claimed lately, roughly */
 	int			in_flight;
 	int			ended;			/* results that are not recorded */
 	int			limit;			/* at the moment: grows with successes */
@@ -114,14 +125,17 @@ typedef struct PushClaim
 typedef struct Push
 {
 	dlist_node	node;			/* in its platform's list of what is claimed */
-	struct Push *next;			/* in the list of results */
+	struct Push *next;			/* in the list of results, or of what is
+								 * prefetched */
 	PushClaim  *claim;
 	MemoryContext texts;		/* of a result that was held, or NULL */
 	int64		push_id;
 	int64		version;
 	Platform   *platform;
 	bool		is_probe;
-	TimestampTz started_at;
+	char	   *id;				/* webhook-id; until it is sent */
+	char	   *body;			/* so, too; NULL = it is too long */
+	TimestampTz started_at;		/* claimed, then sent */
 
 	TimestampTz finished_at;
 	int64		config_version; /* of its platform, when it was claimed */
@@ -142,14 +156,6 @@ typedef struct Push
 								 * is still to be asked about it */
 } Push;
 
-/* What a claim gives. */
-typedef struct Claimed
-{
-	Push	   *push;
-	char	   *id;				/* webhook-id */
-	char	   *body;
-} Claimed;
-
 /* push.c */
 extern List *redrive_load_platforms(List *known, MemoryContext cxt);
 extern int64 redrive_platforms_version(void);
@@ -162,6 +168,12 @@ extern void redrive_look_at_all(List *platforms);
 extern bool redrive_reap_pushes(int64 pusher);
 extern void redrive_keep_claimed(List *claimed, MemoryContext cxt);
 extern void redrive_forget_pushes(Push **pushes, int n);
+
+/* push_send.c */
+extern void redrive_send_pushes(RedriveHttp *http, List *claimed, MemoryContext cxt);
+extern TimestampTz redrive_send_prefetched(RedriveHttp *http, List *platforms);
+extern void redrive_give_back_prefetched(List *platforms);
+extern void redrive_give_back_push(void *arg);
 
 /* push_judge.c */
 extern bool redrive_judge_answers(Push **pushes, int n);
@@ -185,6 +197,8 @@ extern void redrive_take_held(void);
 /* push_result.c */
 extern void redrive_judge_push(Push *push, const RedriveHttpResult *http);
 extern void redrive_teach_platform(Push *push);
+extern int	redrive_most_at_once(Platform *platform);
+extern int	redrive_prefetch_of(Platform *platform, TimestampTz now);
 extern int	redrive_room_of(Platform *platform, TimestampTz now);
 extern TimestampTz redrive_platform_ready_at(Platform *platform, TimestampTz now);
 

@@ -63,8 +63,8 @@ redrive_add_result(Push *push)
 	append_result(push);
 	p->in_flight--;
 	p->ended++;
-	half_ended |= p->ended >= p->in_flight;
-	all_ended |= p->in_flight == 0;
+	half_ended |= p->n_prefetched == 0 && p->ended >= p->in_flight;
+	all_ended |= p->n_prefetched == 0 && p->in_flight == 0;
 }
 
 /* When to record what there is; DT_NOEND = there is nothing. */

@@ -30,6 +30,10 @@
 #define PROBES 2
 #define MAX_WAIT_S 3600			/* the longest that a platform can ask for */
 #define OUR_FAULT_MS 2000
+#define PACE_US INT64CONST(20000)	/* what is answered in this time is
+									 * prefetched */
+#define MOST_PREFETCHED 256
+#define PREFETCHED_BYTES 4194304
 
 /* Is this text JSON that has a chance to become jsonb?  What is nested too deeply is not. */
 static bool
@@ -315,6 +319,21 @@ kept_answer(Platform *platform, const RedriveHttpResult *http)
 	return text;
 }
 
+/* Count an answer: how quick is the platform? */
+static void
+note_pace(Platform *platform, TimestampTz now)
+{
+	const TimestampTz passed = now - platform->pace_since;
+
+	if (passed >= PACE_US)
+	{
+		platform->pace = passed < 2 * PACE_US ? platform->answers : 0;
+		platform->pace_since = now;
+		platform->answers = 0;
+	}
+	platform->answers++;
+}
+
 /*
  * Say what came of an attempt.
  *
@@ -329,7 +348,10 @@ redrive_judge_push(Push *push, const RedriveHttpResult *http)
 	if (http->body_len > 0)
 		push->response = kept_answer(push->platform, http);
 	if (http->failure_code == 0)
+	{
+		note_pace(push->platform, push->finished_at);
 		judge_status(push, http);
+	}
 	else
 	{
 		push->message = redrive_clean_text(http->error, strlen(http->error), sizeof(http->error));
@@ -357,17 +379,32 @@ redrive_judge_push(Push *push, const RedriveHttpResult *http)
 }
 
 /* How many requests to a platform may be under way. */
-static int
-most_at_once(Platform *platform)
+int
+redrive_most_at_once(Platform *platform)
 {
 	return Min(Min(platform->limit, platform->share), platform->max_in_flight);
 }
 
-/* How many more requests may be sent to a platform now. */
+/*
+ * How many more than that may be claimed for a platform: what it is going to answer soon.
+ *
+ * None where each result may be the last for a while: in all these cases a push that is claimed is
+ * sent at once.  What success_when says is known only when results are recorded.
+ */
+int
+redrive_prefetch_of(Platform *platform, TimestampTz now)
+{
+	if (platform->breaker != BREAKER_CLOSED || platform->failures_in_row > 0 || platform->rate_limit > 0 || platform->success_when != (Datum) 0 ||
+		now - platform->pace_since > 2 * PACE_US)
+		return 0;
+	return Min(Min(platform->pace, MOST_PREFETCHED), PREFETCHED_BYTES / Max(platform->body_size, 1));
+}
+
+/* How many more pushes may be claimed for a platform now. */
 int
 redrive_room_of(Platform *platform, TimestampTz now)
 {
-	int			room = most_at_once(platform) - platform->in_flight;
+	int			room = redrive_most_at_once(platform) - platform->in_flight;
 
 	if (platform->paused || platform->gone || platform->trouble != NULL)
 		return 0;
@@ -394,6 +431,7 @@ redrive_room_of(Platform *platform, TimestampTz now)
 		platform->tokens_at = now;
 		room = Min(room, (int) platform->tokens);
 	}
+	room += redrive_prefetch_of(platform, now) - platform->n_prefetched;
 	return Max(room, 0);
 }
 
@@ -407,7 +445,7 @@ redrive_platform_ready_at(Platform *platform, TimestampTz now)
 		return platform->blocked_until;
 	if (platform->breaker == BREAKER_HALF_OPEN && platform->in_flight > 0)
 		return DT_NOEND;		/* its results will tell */
-	if (platform->in_flight >= most_at_once(platform))
+	if (platform->in_flight >= redrive_most_at_once(platform))
 		return DT_NOEND;
 	if (platform->rate_limit > 0 && platform->tokens < 1)
 		return now + (TimestampTz) (Min((1 - platform->tokens) / platform->rate_limit, MAX_WAIT_S) * 1e6) + 1000;

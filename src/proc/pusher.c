@@ -39,7 +39,6 @@
 #define LOCKED_MS 200			/* to the next try, when others have locked
 								 * what is to be reaped */
 #define GRACE_MS 500			/* for what is under way at shutdown */
-#define AFTER_ERROR_MS 1000
 
 static MemoryContext pusher_cxt;	/* platforms */
 static MemoryContext pushes_cxt;	/* pushes that are under way or to be
@@ -52,6 +51,7 @@ static WaitEventSet *wait_set;
 static List *platforms = NIL;
 static int64 platforms_version = -1;
 static bool look_for_locks = false; /* others have locked what we record */
+static TimestampTz prefetched_until = DT_NOEND; /* then it is looked at again */
 static TimestampTz reaped_at = 0;	/* also of the last look at everything */
 static int	reap_ms = TICK_MS;	/* from then to the next time */
 static enum
@@ -78,19 +78,7 @@ prepare_http(void)
 	AddWaitEventToSet(wait_set, WL_SOCKET_READABLE, redrive_http_fd(http), NULL, NULL);
 }
 
-/* Nothing was sent: as if it had not been claimed. */
-static void
-give_back(void *arg)
-{
-	Push	   *push = arg;
-
-	push->given_back = true;
-	push->taught = true;		/* there is nothing to learn from it */
-	push->finished_at = GetCurrentTimestamp();
-	redrive_add_result(push);
-}
-
-/* Let requests go on, and take what has ended. */
+/* Let requests go on, take what has ended, and send what there is room for now. */
 static void
 drive(void)
 {
@@ -106,71 +94,12 @@ drive(void)
 		redrive_http_free_result(&result);
 		redrive_add_result(push);
 	}
+	MemoryContextSwitchTo(claim_cxt);
+	/* signing wants an owner for what the cryptographic library allocates */
+	CurrentResourceOwner = sending_owner;
+	prefetched_until = redrive_send_prefetched(http, platforms);
+	CurrentResourceOwner = NULL;
 	MemoryContextSwitchTo(old_cxt);
-}
-
-/* A body that is too long is not sent before the task has another. */
-static void
-refuse_body(Push *push)
-{
-	push->error_class = "body";
-	push->message = "The body is longer than 1 MiB.";
-	push->blocked = true;
-	push->taught = true;
-	push->finished_at = GetCurrentTimestamp();
-	redrive_add_result(push);
-}
-
-/* Send what was claimed; what there is no room for is given back. */
-static void
-send_push(Claimed *claimed)
-{
-	Push	   *push = claimed->push;
-	Platform   *p = push->platform;
-	const char **headers = p->headers;
-	int			n = p->n_headers;
-	int64		now_s = (int64) (GetCurrentTimestamp() / USECS_PER_SEC) + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
-	const char *body = strcmp(p->method, "GET") != 0 ? claimed->body : NULL;
-	size_t		body_len = body != NULL ? strlen(body) : 0;
-	RedriveHttpRequest request = {0};
-
-	p->in_flight++;
-	push->config_version = p->config_version;
-	if (claimed->body == NULL || body_len > REDRIVE_HTTP_MAX_BODY)
-	{
-		refuse_body(push);
-		return;
-	}
-	headers[n++] = psprintf("webhook-id: %s", claimed->id);
-	headers[n++] = psprintf("webhook-timestamp: %lld", (long long) now_s);
-	headers[n++] = psprintf("webhook-sequence: %lld", (long long) push->version);
-	if (p->signing[0] != NULL)
-	{
-		char	   *signature = redrive_sign(p->signing[0], claimed->id, now_s, body != NULL ? body : "", body_len);
-
-		if (p->signing[1] != NULL)
-			signature = psprintf("%s %s", signature, redrive_sign(p->signing[1], claimed->id, now_s, body != NULL ? body : "", body_len));
-		headers[n++] = psprintf("webhook-signature: %s", signature);
-	}
-	headers[n] = NULL;
-	request.method = p->method;
-	request.url = p->url;
-	request.headers = headers;
-	request.body = body;
-	request.body_len = body_len;
-	request.timeout_ms = p->timeout_ms;
-	request.connect_timeout_ms = p->connect_timeout_ms;
-	request.allow_http = p->allow_http;
-	request.allow = p->allow;
-	request.n_allow = p->n_allow;
-	request.arg = push;
-	p->tokens -= 1;
-	if (!redrive_http_start(http, &request))
-	{
-		push->wait_ms = AFTER_ERROR_MS;
-		give_back(push);
-	}
-	headers[p->n_headers] = NULL;
 }
 
 /* The platform for which one push is claimed, and for no other; NULL = all are claimed for. */
@@ -363,10 +292,9 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	redrive_clear_results(platforms);
 	MemoryContextReset(results_cxt);
 	redrive_keep_claimed(claimed, pushes_cxt);
-	/* signing wants an owner for what the cryptographic library allocates */
 	CurrentResourceOwner = sending_owner;
-	foreach(lc, claimed)
-		send_push(lfirst(lc));
+	redrive_send_pushes(http, claimed, pushes_cxt);
+	prefetched_until = redrive_send_prefetched(http, platforms);
 	CurrentResourceOwner = NULL;
 	return true;
 }
@@ -378,7 +306,8 @@ shut_down(int64 pusher)
 	TimestampTz end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), GRACE_MS);
 	TimestampTz ignored;
 
-	redrive_http_cancel_unsent(http, give_back);
+	redrive_give_back_prefetched(platforms);
+	redrive_http_cancel_unsent(http, redrive_give_back_push);
 	while (redrive_http_in_flight(http) > 0 && GetCurrentTimestamp() < end)
 	{
 		WaitEvent	event;
@@ -420,6 +349,7 @@ redrive_pusher_main(Datum arg)
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	if (!redrive_enter_pusher())
 		proc_exit(0);
+	redrive_keep_lookup_settings();
 	wait_event = redrive_wait_event("RedrivePusher");
 	pusher_cxt = AllocSetContextCreate(TopMemoryContext, "redrive platforms", ALLOCSET_DEFAULT_SIZES);
 	pushes_cxt = AllocSetContextCreate(TopMemoryContext, "redrive pushes", ALLOCSET_DEFAULT_SIZES);
@@ -457,7 +387,7 @@ redrive_pusher_main(Datum arg)
 				redrive_look_at_all(platforms);
 			if (!take_turn(pusher, redrive_enabled, &next_due))
 			{
-				not_before = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), AFTER_ERROR_MS);
+				not_before = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), REDRIVE_AFTER_ERROR_MS);
 				next_due = not_before;
 			}
 			MemoryContextSwitchTo(TopMemoryContext);
@@ -473,6 +403,8 @@ redrive_pusher_main(Datum arg)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, next_due));
 		if (redrive_held_until() != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, redrive_held_until()));
+		if (prefetched_until != DT_NOEND)
+			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, prefetched_until));
 		if (redrive_results_due(now) != DT_NOEND)
 			sleep_ms = Min(sleep_ms, TimestampDifferenceMilliseconds(now, Max(redrive_results_due(now), not_before)));
 		n = WaitEventSetWait(wait_set, sleep_ms, events, lengthof(events), wait_event);

@@ -1,0 +1,120 @@
+# A platform that is quick has more claimed than it may be sent at a time; that costs nothing when it stops being quick.
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use PushTest;
+use RedriveTest;
+use Test::More;
+
+my $node = new_node('push_prefetch');
+my $receiver = start_receiver();
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+sub count_of { return "SELECT count(*) FROM redrive.push_status WHERE platform = '$_[0]' AND $_[1]"; }
+
+# Record so many tasks, and have the platform pushed what is new of them.
+sub start_pushes
+{
+	my ($platform, $n) = @_;
+
+	sql("SELECT redrive.pause_platform('$platform'); SELECT count(redrive.record_task('$platform ' || n, 'new')) FROM generate_series(1, $n) AS n; TRUNCATE claims_seen");
+	sql("SELECT redrive.resume_platform('$platform')");
+	return;
+}
+
+sub all_delivered
+{
+	my ($platform, $n) = @_;
+
+	return ok(poll_until($node, count_of($platform, "state = 'delivered'"), $n), "$platform: all is delivered")
+	  || diag(sql("SELECT state, error_class, message, count(*) FROM redrive.push_status WHERE platform = '$platform' GROUP BY 1, 2, 3"));
+}
+
+sub start_over
+{
+	sql('SELECT redrive.drop_platform(name) FROM redrive.platforms; DELETE FROM redrive.tasks');
+	return;
+}
+
+# How large the claims were, which are gone when they are recorded.
+sql('CREATE TABLE claims_seen (n int);
+	CREATE FUNCTION see_claim() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.claims_seen VALUES (cardinality(NEW.push_ids)); RETURN NULL; END $$;
+	CREATE TRIGGER see_claim AFTER INSERT ON redrive.push_claims FOR EACH ROW EXECUTE FUNCTION see_claim()');
+my $largest = 'SELECT coalesce(max(n), 0) FROM claims_seen';
+
+# Seen red: without "+ redrive_prefetch_of()" in redrive_room_of() (src/flow/push_result.c), and without has_room() in src/flow/push_send.c.
+platform($node, $receiver, 'quick', '/quick', 'max_in_flight => 4');
+start_pushes('quick', 2000);
+all_delivered('quick', 2000);
+cmp_ok(sql($largest), '>', 4, 'more is claimed than may be under way');
+my @requests = received($receiver, '/quick');
+is(scalar(grep { $_->{under_way} > 4 } @requests), 0, '... and no more than that is ever under way');
+my %ids = map { $_->{id} => 1 } @requests;
+is(scalar(@requests) . ' ' . keys %ids, '2000 2000', 'each is sent once');
+is(sql("SELECT count(*) FROM redrive.push_attempts WHERE platform = 'quick' AND finished_at - started_at > interval '5 s'"), '0', 'a push starts when it is sent');
+
+# Where it is not known whether there will be a next answer soon, nothing is prefetched.
+#
+# Seen red: without the conditions in redrive_prefetch_of() (src/flow/push_result.c).
+start_over();
+platform($node, $receiver, 'asked', '/json/{"ok":true}', q{max_in_flight => 4, success_when => '$.ok == true'});
+start_pushes('asked', 500);
+all_delivered('asked', 500);
+cmp_ok(sql($largest), '<=', 4, 'none for a platform that success_when judges');
+start_over();
+platform($node, $receiver, 'rated', '/rated', 'max_in_flight => 4, rate_limit => 1000');
+start_pushes('rated', 500);
+all_delivered('rated', 500);
+cmp_ok(sql($largest), '<=', 4, '... nor for one with a rate');
+
+# It stops to answer: what was prefetched goes back, and costs no retry.
+#
+# Seen red: without PREFETCHED_US (src/flow/push_send.c).
+start_over();
+platform($node, $receiver, 'stopping', '/stops/stop', 'max_in_flight => 4');
+foreach my $round (1 .. 3)
+{
+	my $n = $round * 1500;
+
+	start_pushes('stopping', $n);
+	poll_until($node, "SELECT count(*) > 0 FROM claims_seen WHERE n > 4");
+	release($receiver, 'stop');
+	ok(poll_until($node, count_of('stopping', "state = 'in_flight'"), '4'), 'only what was sent is under way');
+	is( sql("SELECT count(*) FILTER (WHERE retry_count > 0) || ' ' || count(*) FILTER (WHERE state = 'pending' AND error_class IS NOT NULL) || ' ' || max(attempts) FROM redrive.push_status WHERE platform = 'stopping'"),
+		'0 0 1', '... and the rest waits as before');
+	unlink "$receiver->{dir}/stop";
+	all_delivered('stopping', $n);
+	@requests = received($receiver, '/stops/stop');
+	is(scalar(@requests), $n, 'each was sent once');
+	is(scalar(grep { $_->{under_way} > 4 } @requests), 0, 'no more than four at a time');
+}
+
+# The server is stopped meanwhile: what was not sent costs nothing.
+foreach my $round (1 .. 3)
+{
+	my $n = 4500 + $round * 1500;
+
+	start_pushes('stopping', $n);
+	poll_until($node, "SELECT count(*) > 0 FROM claims_seen WHERE n > 4");
+	$node->restart;
+	is(sql('SELECT count(*) FROM redrive.push_attempts WHERE NOT delivered'), '0', 'nothing is lost by a stop');
+	all_delivered('stopping', $n);
+}
+@requests = received($receiver, '/stops/stop');
+%ids = map { $_->{id} => 1 } @requests;
+is(scalar(@requests) . ' ' . keys %ids, '9000 9000', 'each was sent once');
+
+# It is altered meanwhile: each push is still sent once, and none is lost.
+start_pushes('stopping', 12000);
+poll_until($node, "SELECT count(*) > 0 FROM claims_seen WHERE n > 4");
+sql("SELECT redrive.alter_platform('stopping', url => 'http://127.0.0.1:$receiver->{port}/other')");
+all_delivered('stopping', 12000);
+is(scalar(received($receiver, '/stops/stop')) + scalar(received($receiver, '/other')), 12000, 'each was sent once, to the one or the other');
+is(sql("SELECT count(*) FROM redrive.push_attempts WHERE NOT delivered"), '0', 'none failed');
+
+is(sql('SELECT count(*) FROM redrive.push_claims'), '0', 'no claim is left');
+stop_receiver($receiver);
+$node->stop;
+done_testing();
