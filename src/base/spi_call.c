@@ -18,24 +18,17 @@
 #include "catalog/pg_extension.h"
 #include "catalog/pg_namespace.h"
 #include "commands/dbcommands.h"
-#include "jit/jit.h"
 #include "miscadmin.h"
-#include "optimizer/cost.h"
-#include "optimizer/optimizer.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
-#include "utils/plancache.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 
 #include "base/spi_call.h"
-
-#define SEARCH_PATH "pg_catalog, pg_temp"
-#define NEVER_PARALLEL 1e100
 
 /*
  * Settings of our statements.  A plan that is made while a table is small is
@@ -43,11 +36,11 @@
  * that it is worth starting workers for, whatever the planner thinks of a function.
  */
 static const char *const settings[][2] = {
-	{"search_path", SEARCH_PATH},
+	{"search_path", "pg_catalog, pg_temp"},
 	{"enable_seqscan", "off"},
 	{"plan_cache_mode", "force_generic_plan"},
 	{"jit", "off"},
-	{"parallel_setup_cost", CppAsString2(NEVER_PARALLEL)},
+	{"parallel_setup_cost", "1e100"},
 };
 
 /* And of those that look single rows up, or what comes first. */
@@ -56,35 +49,6 @@ static const char *const lookup_settings[][2] = {
 	{"enable_mergejoin", "off"},
 	{"enable_sort", "off"},
 };
-
-/* Are the settings what a statement needs? */
-static bool
-settings_fit(bool lookups)
-{
-	return !enable_seqscan && plan_cache_mode == PLAN_CACHE_MODE_FORCE_GENERIC_PLAN && !jit_enabled &&
-		parallel_setup_cost == NEVER_PARALLEL && strcmp(namespace_search_path, SEARCH_PATH) == 0 &&
-		(!lookups || (!enable_hashjoin && !enable_mergejoin && !enable_sort));
-}
-
-static void
-apply_settings(bool lookups, GucAction action)
-{
-	for (int i = 0; i < lengthof(settings); i++)
-		(void) set_config_option(settings[i][0], settings[i][1], PGC_USERSET, PGC_S_SESSION, action, true, 0, false);
-	for (int i = 0; lookups && i < lengthof(lookup_settings); i++)
-		(void) set_config_option(lookup_settings[i][0], lookup_settings[i][1], PGC_USERSET, PGC_S_SESSION, action, true, 0, false);
-}
-
-/*
- * Let the settings of statements that look rows up be those of this process, which runs no
- * other statements than ours and calls no functions of users: setting them for each
- * statement costs more than many a statement does.
- */
-void
-redrive_keep_lookup_settings(void)
-{
-	apply_settings(true, GUC_ACTION_SET);
-}
 
 /*
  * Return the role that owns the extension's schema.
@@ -164,7 +128,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 {
 	Oid			save_user;
 	int			save_context;
-	int			nestlevel = 0;
+	int			nestlevel;
 	int			rc;
 	bool		pushed = false;
 	MemoryContext old_cxt = CurrentMemoryContext;
@@ -179,11 +143,15 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	GetUserIdAndSecContext(&save_user, &save_context);
 	SetUserIdAndSecContext(redrive_owner(),
 						   save_context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
-	if (!settings_fit(sql->lookups))
-	{
-		nestlevel = NewGUCNestLevel();
-		apply_settings(sql->lookups, GUC_ACTION_SAVE);
-	}
+	nestlevel = NewGUCNestLevel();
+	for (int i = 0; i < lengthof(settings); i++)
+		(void) set_config_option(settings[i][0], settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+	for (int i = 0; sql->lookups && i < lengthof(lookup_settings); i++)
+		(void) set_config_option(lookup_settings[i][0], lookup_settings[i][1],
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
 
 	if (sql->plan == NULL)
 	{
@@ -199,8 +167,7 @@ redrive_sql(RedriveSql *sql, Datum *values, const char *nulls)
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_plan failed: %s", SPI_result_code_string(rc));
 
-	if (nestlevel != 0)
-		AtEOXact_GUC(true, nestlevel);
+	AtEOXact_GUC(true, nestlevel);
 	SetUserIdAndSecContext(save_user, save_context);
 	if (pushed)
 		PopActiveSnapshot();
@@ -248,23 +215,14 @@ redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls)
 		elog(ERROR, "expected one row, got " UINT64_FORMAT, rows);
 }
 
-/*
- * Return a column of a result row by its name.
- *
- * Most callers ask for the columns in their order, row by row.
- */
+/* Return a column of a result row by its name. */
 Datum
 redrive_column(int row, const char *name, bool *isnull)
 {
-	static int	last = 0;
-	TupleDesc	desc = SPI_tuptable->tupdesc;
-	int			fnumber = last < desc->natts ? last + 1 : 1;
+	int			fnumber = SPI_fnumber(SPI_tuptable->tupdesc, name);
 
-	if (strcmp(NameStr(TupleDescAttr(desc, fnumber - 1)->attname), name) != 0)
-		fnumber = SPI_fnumber(desc, name);
 	if (fnumber <= 0)
 		elog(ERROR, "column \"%s\" is missing", name);
-	last = fnumber;
 	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, fnumber, isnull);
 }
 

@@ -52,7 +52,6 @@ typedef struct RedrivePartSql
 
 extern Oid	redrive_owner(void);
 extern bool redrive_version_fits(int elevel);
-extern void redrive_keep_lookup_settings(void);
 extern uint64 redrive_sql(RedriveSql *sql, Datum *values, const char *nulls);
 extern uint64 redrive_part_sql(RedrivePartSql *sql, int part, Datum *values, const char *nulls);
 extern void redrive_sql_one_row(RedriveSql *sql, Datum *values, const char *nulls);

@@ -349,7 +349,6 @@ redrive_pusher_main(Datum arg)
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 	if (!redrive_enter_pusher())
 		proc_exit(0);
-	redrive_keep_lookup_settings();
 	wait_event = redrive_wait_event("RedrivePusher");
 	pusher_cxt = AllocSetContextCreate(TopMemoryContext, "redrive platforms", ALLOCSET_DEFAULT_SIZES);
 	pushes_cxt = AllocSetContextCreate(TopMemoryContext, "redrive pushes", ALLOCSET_DEFAULT_SIZES);
