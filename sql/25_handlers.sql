@@ -217,7 +217,7 @@ COMMENT ON FUNCTION redrive.alter_handler IS
 CREATE FUNCTION redrive.drop_handler(name text) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
 COMMENT ON FUNCTION redrive.drop_handler IS
-'Drop a handler with the records of its ended batches. Errors: 55006 while batches live, 42704 unknown, 42501 not yours.';
+'Drop a handler with the records of its ended batches, and what is left of their callbacks. Errors: 55006 while batches live, 42704 unknown, 42501 not yours.';
 
 CREATE FUNCTION redrive.pause_handler(name text) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'redrive_as_owner';
