@@ -135,7 +135,7 @@ BEGIN
     -- a statement calls the triggers of the table that it names, and no others
     SELECT i.inhparent::regclass INTO v_parent
     FROM pg_inherits AS i
-    WHERE i.inhrelid = relation AND NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = i.inhparent AND g.tgname = 'redrive_task_source_insert')
+    WHERE i.inhrelid = relation AND NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = i.inhparent AND g.tgfoid = 'redrive._task_source()'::regprocedure)
     LIMIT 1;
     IF v_kind IS NULL OR v_kind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION '% cannot be a source of tasks', relation USING ERRCODE = '42809',
@@ -159,7 +159,7 @@ BEGIN
             HINT = 'Name columns of the table.';
     ELSIF test_column IS NOT NULL AND (SELECT a.atttypid FROM pg_attribute AS a WHERE a.attrelid = relation AND a.attname = test_column) <> 'boolean'::regtype THEN
         RAISE EXCEPTION 'column "%" of % is not boolean', test_column, relation USING ERRCODE = '42804', HINT = 'The test column says true for tests.';
-    ELSIF EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = relation AND g.tgname = 'redrive_task_source_insert') THEN
+    ELSIF EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = relation AND g.tgfoid = 'redrive._task_source()'::regprocedure) THEN
         RAISE EXCEPTION '% is attached already', relation USING ERRCODE = '42710', HINT = 'Run redrive.detach_task_source() first.';
     END IF;
     SELECT string_agg(quote_literal(coalesce(n.name, '')), ', ' ORDER BY n.place) INTO v_arguments
@@ -173,12 +173,16 @@ COMMENT ON FUNCTION redrive.attach_task_source IS
 
 CREATE FUNCTION redrive.detach_task_source(relation regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_trigger name;
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = relation AND g.tgname = 'redrive_task_source_insert') THEN
+    -- its owner may have renamed them
+    FOR v_trigger IN SELECT g.tgname FROM pg_trigger AS g WHERE g.tgrelid = relation AND g.tgfoid = 'redrive._task_source()'::regprocedure LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', v_trigger, relation);
+    END LOOP;
+    IF NOT FOUND THEN
         RAISE EXCEPTION '% is not attached', coalesce(relation::text, 'NULL') USING ERRCODE = '42704', HINT = 'Nothing has to be done.';
     END IF;
-    EXECUTE format('DROP TRIGGER redrive_task_source_insert ON %s', relation);
-    EXECUTE format('DROP TRIGGER redrive_task_source_update ON %s', relation);
 END
 $$;
 COMMENT ON FUNCTION redrive.detach_task_source IS

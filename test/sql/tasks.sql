@@ -24,7 +24,12 @@ ALTER TABLE forms RENAME TO "The forms";
 ALTER TABLE "The forms" ADD x int, ALTER no TYPE text, ALTER state TYPE int USING 7;
 UPDATE "The forms" SET state = 8;
 SELECT * FROM tasks;
+-- The triggers have other names by now.
+ALTER TRIGGER redrive_task_source_insert ON "The forms" RENAME TO inserted;
+ALTER TRIGGER redrive_task_source_update ON "The forms" RENAME TO "is updated";
+SELECT redrive.attach_task_source('"The forms"', 'no', 'state');
 SELECT redrive.detach_task_source('"The forms"');
+SELECT count(*) FROM pg_trigger WHERE tgrelid = '"The forms"'::regclass;
 
 -- Generated columns and temporary tables.
 CREATE TEMPORARY TABLE made (no int, key text GENERATED ALWAYS AS ('made ' || no) STORED, state text GENERATED ALWAYS AS (CASE WHEN no > 1 THEN 'many' ELSE 'one' END) STORED);
