@@ -212,6 +212,7 @@ make_handle(Transfer *transfer)
 	curl_easy_cleanup(transfer->easy);
 	transfer->easy = easy;
 	SET(CURLOPT_PRIVATE, transfer);
+	SET(CURLOPT_ERRORBUFFER, transfer->trouble);
 	SET(CURLOPT_NOSIGNAL, 1L);
 	SET(CURLOPT_FOLLOWLOCATION, 0L);
 	SET(CURLOPT_PROXY, "");
@@ -413,6 +414,17 @@ redrive_fill_result(Transfer *transfer, RedriveHttpResult *result)
 		snprintf(result->error, sizeof(result->error), "the answer is not HTTP");
 	else if (transfer->again)
 		snprintf(result->error, sizeof(result->error), "the connection was closed before an answer came");
+	else if (result->tls && transfer->trouble[0] != '\0')
+	{
+		/*
+		 * which of many reasons; what it quotes of a certificate may be in
+		 * any encoding
+		 */
+		strlcpy(result->error, transfer->trouble, sizeof(result->error));
+		for (char *c = result->error; *c != '\0'; c++)
+			if (*c < ' ' || *c > '~')
+				*c = '?';
+	}
 	else if (code != CURLE_OK)
 		snprintf(result->error, sizeof(result->error), "%s", curl_easy_strerror(code));
 }

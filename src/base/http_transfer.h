@@ -49,6 +49,7 @@ typedef struct Transfer
 	char	   *answer;
 	size_t		answer_len;
 	size_t		answer_size;
+	char		trouble[CURL_ERROR_SIZE];	/* libcurl says what it was */
 } Transfer;
 
 extern Transfer *redrive_make_transfer(RedriveHttp *http, RedriveSockets *sockets);
