@@ -88,7 +88,8 @@ send_push(RedriveHttp *http, Push *push)
 	request.allow = p->allow;
 	request.n_allow = p->n_allow;
 	request.arg = push;
-	p->tokens -= 1;
+	if (p->rate_limit > 0)
+		p->tokens -= 1;
 	if (!redrive_http_start(http, &request))
 	{
 		push->wait_ms = REDRIVE_AFTER_ERROR_MS;
