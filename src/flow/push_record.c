@@ -49,7 +49,8 @@ static RedriveSql record_delivered = {
  * Not delivered.  $1 number, $2 claim, $3 version, $4 platform, $5 charged, $6 permanent,
  * $7 blocked, $8 given back, $9 probe, $10 least wait in ms, $11 class, $12 status,
  * $13 message, $14 end; $15 now, $16 the attempts that may be free.  What was given up or
- * blocked meanwhile stays so.  Returns those that were still ours.
+ * blocked meanwhile stays so; what is given back and need not wait keeps its place.
+ * Returns those that were still ours.
  */
 #define NEXT_STATE \
 	"CASE WHEN u.state IN ('dead', 'blocked') THEN u.state::text" \
@@ -70,7 +71,8 @@ static RedriveSql record_failed = {
 	"  next_attempt_at = CASE " NEXT_STATE " WHEN 'waiting' THEN $15 + greatest(r.wait_ms * interval '1 ms',"
 	"   CASE WHEN r.charged THEN redrive._retry_delay(p.retry_interval, p.retry_factor, p.retry_delay_max, u.retry_count, u.push_id)"
 	"   ELSE interval '1 s' * least(u.free_count + 1, 60) END)"
-	"   WHEN 'pending' THEN $15 + CASE WHEN r.given_back THEN r.wait_ms ELSE 0 END * interval '1 ms' ELSE u.next_attempt_at END,"
+	"   WHEN 'pending' THEN CASE WHEN NOT r.given_back THEN $15 WHEN r.wait_ms > 0 THEN $15 + r.wait_ms * interval '1 ms' ELSE u.next_attempt_at END"
+	"   ELSE u.next_attempt_at END,"
 	"  failed_at = CASE WHEN r.given_back THEN u.failed_at ELSE r.finished_at END,"
 	"  http_status = CASE WHEN r.given_back THEN u.http_status ELSE nullif(r.http_status, 0) END,"
 	"  error_class = CASE WHEN r.given_back THEN u.error_class ELSE r.error_class END,"

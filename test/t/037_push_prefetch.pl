@@ -71,25 +71,30 @@ cmp_ok(sql($largest), '<=', 4, '... nor for one with a rate');
 
 # It stops to answer: what was prefetched goes back, and costs no retry.
 #
-# Seen red: without PREFETCHED_US (src/flow/push_send.c).
+# Seen red: without PREFETCHED_US (src/flow/push_send.c); when a push that is given back is due from then on (src/flow/push_record.c).
 start_over();
 platform($node, $receiver, 'stopping', '/stops/stop', 'max_in_flight => 4');
+sql("CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS \$\$ BEGIN COPY (SELECT) TO '$receiver->{dir}/stop'; RETURN NULL; END \$\$;
+	CREATE TRIGGER stop AFTER INSERT ON redrive.push_claims FOR EACH ROW WHEN (cardinality(NEW.push_ids) > 4) EXECUTE FUNCTION stop()");
 foreach my $round (1 .. 3)
 {
 	my $n = $round * 1500;
 
 	start_pushes('stopping', $n);
-	poll_until($node, "SELECT count(*) > 0 FROM claims_seen WHERE n > 4");
-	release($receiver, 'stop');
+	wait_for_file("$receiver->{dir}/stop");
 	ok(poll_until($node, count_of('stopping', "state = 'in_flight'"), '4'), 'only what was sent is under way');
 	is( sql("SELECT count(*) FILTER (WHERE retry_count > 0) || ' ' || count(*) FILTER (WHERE state = 'pending' AND error_class IS NOT NULL) || ' ' || max(attempts) FROM redrive.push_status WHERE platform = 'stopping'"),
 		'0 0 1', '... and the rest waits as before');
+	is(sql("SELECT count(*) FROM redrive.pushes AS u JOIN redrive.tasks AS t ON t.task_id = u.task_id WHERE u.state = 'pending' AND u.next_attempt_at <> t.created_at"), '0', '... in its place');
+	sql('ALTER TABLE redrive.push_claims DISABLE TRIGGER stop');
 	unlink "$receiver->{dir}/stop";
 	all_delivered('stopping', $n);
+	sql('ALTER TABLE redrive.push_claims ENABLE TRIGGER stop');
 	@requests = received($receiver, '/stops/stop');
 	is(scalar(@requests), $n, 'each was sent once');
 	is(scalar(grep { $_->{under_way} > 4 } @requests), 0, 'no more than four at a time');
 }
+sql('DROP TRIGGER stop ON redrive.push_claims');
 
 # The server is stopped meanwhile: what was not sent costs nothing.
 foreach my $round (1 .. 3)
