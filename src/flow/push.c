@@ -148,9 +148,13 @@ fair_room(int own, int room)
 	return Max((7 * room - own) / 8, least);
 }
 
-/* Share out what may be under way among the owners, and of each among its platforms. */
-static void
-share_out(List *platforms)
+/*
+ * Share out what may be under way among the owners, and of each among its platforms.
+ *
+ * Returns how many more there may be in all.
+ */
+int
+redrive_share_out(List *platforms)
 {
 	int			room = redrive_push_max_in_flight;
 	ListCell   *lc;
@@ -171,6 +175,7 @@ share_out(List *platforms)
 		p->owner->room = fair_room(p->owner->in_flight, room);
 		p->share = p->in_flight + fair_room(p->in_flight, p->owner->room);
 	}
+	return room;
 }
 
 /*
@@ -204,7 +209,7 @@ redrive_claim_pushes(List *platforms, Platform *alone, int room, int64 pusher, b
 	uint64		rows;
 
 	*outdated = false;
-	share_out(platforms);
+	redrive_share_out(platforms);
 	for (int i = 0; i < list_length(platforms); i++)
 	{
 		/* each time another comes first: there may not be room for all */
@@ -383,14 +388,28 @@ redrive_next_push(List *platforms, List *claimed)
 	const int	size = Max(list_length(platforms), 1);
 	Datum	   *ids = palloc(size * sizeof(Datum));
 	Platform  **ready = palloc(size * sizeof(Platform *));
+	Platform  **sent = palloc(Max(list_length(claimed), 1) * sizeof(Platform *));
+	int			n_sent = 0;
+	int			room;
 	int			n = 0;
 	ListCell   *lc;
 	Datum		values[2];
 	uint64		rows;
 
+	/* what there is no room for is prefetched, and not under way yet */
+	room = redrive_share_out(platforms);
 	foreach(lc, claimed)
-		((Push *) lfirst(lc))->platform->in_flight++;
-	share_out(platforms);
+	{
+		Platform   *p = ((Push *) lfirst(lc))->platform;
+
+		if (room <= 0 || p->owner->room <= 0 || p->in_flight >= redrive_most_at_once(p))
+			continue;
+		sent[n_sent++] = p;
+		p->in_flight++;
+		p->owner->room--;
+		room--;
+	}
+	redrive_share_out(platforms);
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);
@@ -401,9 +420,8 @@ redrive_next_push(List *platforms, List *claimed)
 		ids[n] = Int32GetDatum(p->platform_id);
 		ready[n++] = p;
 	}
-	foreach(lc, claimed)
-		((Push *) lfirst(lc))->platform->in_flight--;
-	share_out(platforms);		/* what is prefetched is not under way yet */
+	while (n_sent > 0)
+		sent[--n_sent]->in_flight--;
 	if (n == 0)
 		return DT_NOEND;
 	values[0] = redrive_array(INT4OID, n, ids, NULL);

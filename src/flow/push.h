@@ -35,6 +35,7 @@ typedef struct PushOwner
 	Oid			role;
 	int			in_flight;		/* requests to all its platforms */
 	int			room;			/* how many more there may be */
+	bool		had_turn;		/* one of them was sent in this round */
 } PushOwner;
 
 /* A platform: its configuration, and what the pusher has learned about it. */
@@ -135,7 +136,7 @@ typedef struct Push
 	bool		is_probe;
 	char	   *id;				/* webhook-id; until it is sent */
 	char	   *body;			/* so, too; NULL = it is too long */
-	TimestampTz started_at;		/* claimed, then sent */
+	TimestampTz started_at;		/* claimed, then committed, then sent */
 
 	TimestampTz finished_at;
 	int64		config_version; /* of its platform, when it was claimed */
@@ -164,13 +165,14 @@ extern bool redrive_block_next_push(Platform *platform, const char *message);
 extern void redrive_write_platforms(List *platforms);
 extern void redrive_platforms_are_written(List *platforms);
 extern TimestampTz redrive_next_push(List *platforms, List *claimed);
+extern int	redrive_share_out(List *platforms);
 extern void redrive_look_at_all(List *platforms);
 extern bool redrive_reap_pushes(int64 pusher);
 extern void redrive_keep_claimed(List *claimed, MemoryContext cxt);
 extern void redrive_forget_pushes(Push **pushes, int n);
 
 /* push_send.c */
-extern void redrive_send_pushes(RedriveHttp *http, List *claimed, MemoryContext cxt);
+extern TimestampTz redrive_send_pushes(RedriveHttp *http, List *platforms, List *claimed, MemoryContext cxt);
 extern TimestampTz redrive_send_prefetched(RedriveHttp *http, List *platforms);
 extern void redrive_give_back_prefetched(List *platforms);
 extern void redrive_give_back_push(void *arg);

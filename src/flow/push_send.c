@@ -107,10 +107,11 @@ is_sendable(Push *push)
 	return redrive_enabled && !p->paused && !p->gone && p->trouble == NULL && p->breaker != BREAKER_OPEN && push->config_version == p->config_version;
 }
 
+/* May one more request to this platform begin, since what may be under way was shared out? */
 static bool
 has_room(RedriveHttp *http, Platform *p)
 {
-	return p->in_flight < redrive_most_at_once(p) && redrive_http_in_flight(http) < redrive_push_max_in_flight;
+	return p->owner->room > 0 && p->in_flight < redrive_most_at_once(p) && redrive_http_in_flight(http) < redrive_push_max_in_flight;
 }
 
 /* Take the first push that a platform has prefetched. */
@@ -125,23 +126,12 @@ take_prefetched(Platform *p)
 	return push;
 }
 
+/* Add a push to what its platform has prefetched. */
 static void
-forget_texts(Push *push)
-{
-	pfree(push->id);
-	if (push->body != NULL)
-		pfree(push->body);
-}
-
-/* Keep a push, with its texts, in cxt until there is room to send it. */
-static void
-prefetch(Push *push, MemoryContext cxt)
+add_prefetched(Push *push)
 {
 	Platform   *p = push->platform;
 
-	push->id = MemoryContextStrdup(cxt, push->id);
-	if (push->body != NULL)
-		push->body = MemoryContextStrdup(cxt, push->body);
 	push->next = NULL;
 	if (p->prefetched == NULL)
 		p->prefetched = push;
@@ -150,6 +140,16 @@ prefetch(Push *push, MemoryContext cxt)
 	p->last_prefetched = push;
 	p->n_prefetched++;
 	n_prefetched++;
+}
+
+static void
+forget_texts(Push *push)
+{
+	pfree(push->id);
+	if (push->body != NULL)
+		pfree(push->body);
+	push->id = NULL;
+	push->body = NULL;
 }
 
 /* Give back what a platform has prefetched. */
@@ -176,64 +176,109 @@ redrive_give_back_prefetched(List *platforms)
 		give_back_prefetched(lfirst(lc));
 }
 
-/*
- * Send what was claimed and committed: what there is no room for is kept in cxt.
- *
- * Allocates in the current context what is not needed any more afterwards.
- */
-void
-redrive_send_pushes(RedriveHttp *http, List *claimed, MemoryContext cxt)
+/* Send what there is room for: of each owner one, then of each a second one, and so on. */
+static void
+send_in_turn(RedriveHttp *http, List *platforms)
 {
+	bool		sent;
 	ListCell   *lc;
 
-	foreach(lc, claimed)
+	redrive_share_out(platforms);
+	do
 	{
-		Push	   *push = lfirst(lc);
-		Platform   *p = push->platform;
-
-		if (!is_sendable(push))
+		sent = false;
+		foreach(lc, platforms)
+			((Platform *) lfirst(lc))->owner->had_turn = false;
+		foreach(lc, platforms)
 		{
-			p->in_flight++;
-			redrive_give_back_push(push);
-		}
-		else if (p->prefetched == NULL && has_room(http, p))
+			Platform   *p = lfirst(lc);
+			Push	   *push;
+
+			if (p->prefetched == NULL || p->owner->had_turn || !is_sendable(p->prefetched) || !has_room(http, p))
+				continue;
+			push = take_prefetched(p);
 			send_push(http, push);
-		else
-			prefetch(push, cxt);
-	}
+			forget_texts(push);
+			p->owner->had_turn = true;
+			p->owner->room--;
+			sent = true;
+		}
+	} while (sent);
 }
 
 /*
  * Send what was prefetched and has room now; give back what cannot be sent, or has waited
- * for too long.  Returns when to do so again at the latest, DT_NOEND if nothing is left.
+ * for too long: its lease goes on.  Returns when to do so again at the latest, DT_NOEND if
+ * nothing is left.
  *
  * Allocates in the current context what is not needed any more afterwards.
  */
 TimestampTz
 redrive_send_prefetched(RedriveHttp *http, List *platforms)
 {
+	TimestampTz now;
 	TimestampTz until = DT_NOEND;
 	ListCell   *lc;
 
 	if (n_prefetched == 0)
 		return DT_NOEND;
+	now = GetCurrentTimestamp();
 	foreach(lc, platforms)
 	{
 		Platform   *p = lfirst(lc);
 
-		while (p->prefetched != NULL && is_sendable(p->prefetched) && has_room(http, p))
-		{
-			Push	   *push = take_prefetched(p);
-
-			send_push(http, push);
-			forget_texts(push);
-		}
-		if (p->prefetched == NULL)
-			continue;
-		if (!is_sendable(p->prefetched) || GetCurrentTimestamp() >= p->prefetched->started_at + PREFETCHED_US)
+		if (p->prefetched != NULL && now >= p->prefetched->started_at + PREFETCHED_US)
 			give_back_prefetched(p);
-		else
+	}
+	send_in_turn(http, platforms);
+	foreach(lc, platforms)
+	{
+		Platform   *p = lfirst(lc);
+
+		if (p->prefetched != NULL && !is_sendable(p->prefetched))
+			give_back_prefetched(p);
+		if (p->prefetched != NULL)
 			until = Min(until, p->prefetched->started_at + PREFETCHED_US);
+	}
+	return until;
+}
+
+/*
+ * Send what was claimed and committed: what there is no room for is kept in cxt.  Returns
+ * what redrive_send_prefetched() does.
+ */
+TimestampTz
+redrive_send_pushes(RedriveHttp *http, List *platforms, List *claimed, MemoryContext cxt)
+{
+	const TimestampTz now = GetCurrentTimestamp();
+	TimestampTz until;
+	ListCell   *lc;
+
+	foreach(lc, claimed)
+	{
+		Push	   *push = lfirst(lc);
+
+		push->started_at = now;
+		if (is_sendable(push))
+		{
+			add_prefetched(push);
+			continue;
+		}
+		forget_texts(push);
+		push->platform->in_flight++;
+		redrive_give_back_push(push);
+	}
+	until = redrive_send_prefetched(http, platforms);
+	foreach(lc, claimed)
+	{
+		Push	   *push = lfirst(lc);
+
+		/* that of the others is forgotten */
+		if (push->id == NULL)
+			continue;
+		push->id = MemoryContextStrdup(cxt, push->id);
+		if (push->body != NULL)
+			push->body = MemoryContextStrdup(cxt, push->body);
 	}
 	return until;
 }

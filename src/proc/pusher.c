@@ -178,8 +178,7 @@ turn(Push **pushes, int *n, int64 pusher, bool may_claim, TimestampTz *next_due)
 		step = ANOTHER;
 		if (outdated)
 			platforms = redrive_load_platforms(platforms, pusher_cxt);
-		/* without room, requests that end will tell */
-		*next_due = alone != NULL ? 0 : list_length(claimed) < room ? redrive_next_push(platforms, claimed) : DT_NOEND;
+		*next_due = alone != NULL ? 0 : redrive_next_push(platforms, claimed);
 		MemoryContextSwitchTo(TopMemoryContext);
 	}
 	redrive_write_platforms(platforms);
@@ -293,8 +292,7 @@ take_turn(int64 pusher, bool may_claim, TimestampTz *next_due)
 	MemoryContextReset(results_cxt);
 	redrive_keep_claimed(claimed, pushes_cxt);
 	CurrentResourceOwner = sending_owner;
-	redrive_send_pushes(http, claimed, pushes_cxt);
-	prefetched_until = redrive_send_prefetched(http, platforms);
+	prefetched_until = redrive_send_pushes(http, platforms, claimed, pushes_cxt);
 	CurrentResourceOwner = NULL;
 	return true;
 }

@@ -119,6 +119,34 @@ all_delivered('stopping', 12000);
 is(scalar(received($receiver, '/stops/stop')) + scalar(received($receiver, '/other')), 12000, 'each was sent once, to the one or the other');
 is(sql("SELECT count(*) FROM redrive.push_attempts WHERE NOT delivered"), '0', 'none failed');
 
+# What is prefetched takes no room of others: a role has seven eighths at most, and what becomes due elsewhere meanwhile is sent.
+#
+# Seen red: without p->owner->room in has_room() (src/flow/push_send.c); when redrive_next_push() (src/flow/push.c) counts all that was claimed as under way.
+start_over();
+sql('ALTER SYSTEM SET redrive.push_max_in_flight = 16');
+sql('SELECT pg_reload_conf()');
+platform($node, $receiver, 'first', '/delay/0.002', 'max_in_flight => 16');
+platform($node, $receiver, 'second', '/delay/0.002', 'max_in_flight => 16');
+sql("SELECT redrive.pause_platform('first')");
+start_pushes('second', 3000);
+sql("SELECT redrive.resume_platform('first')");
+all_delivered($_, 3000) foreach 'first', 'second';
+is(scalar(grep { $_->{under_way} > 14 } received($receiver, '/delay/0.002')), 0, 'two platforms of a role leave an eighth to others');
+start_over();
+sql("CREATE ROLE neighbour LOGIN; SELECT redrive.grant_user('neighbour')");
+sql('ALTER SYSTEM SET redrive.push_max_in_flight = 8');
+sql('SELECT pg_reload_conf()');
+platform($node, $receiver, 'retried', '/first/5', "max_retries => 9, retry_interval => '300 ms', retry_factor => 1");
+sql("UPDATE redrive.platforms SET owner = 'neighbour'; SELECT redrive.pause_platform('retried'); SET SESSION AUTHORIZATION neighbour; SELECT redrive.record_task('a', 'new')");
+platform($node, $receiver, 'busy', '/delay/0.003', 'max_in_flight => 4');
+start_pushes('busy', 5000);
+sql("SELECT redrive.resume_platform('retried')");
+all_delivered($_->[0], $_->[1]) foreach [ 'retried', 1 ], [ 'busy', 5000 ];
+my @retried = received($receiver, '/first/5');
+my @busy = received($receiver, '/delay/0.003');
+cmp_ok($retried[-1]{at} - $retried[0]{at}, '<', 2.5, 'five retries are sent when they are due, beside a busy platform')
+  || diag(sprintf 'they took %.1f s, the other was busy for %.1f s', $retried[-1]{at} - $retried[0]{at}, $busy[-1]{at} - $busy[0]{at});
+
 is(sql('SELECT count(*) FROM redrive.push_claims'), '0', 'no claim is left');
 stop_receiver($receiver);
 $node->stop;
