@@ -180,16 +180,20 @@ redrive_give_back_prefetched(List *platforms)
 static void
 send_in_turn(RedriveHttp *http, List *platforms)
 {
+	List	   *waiting = NIL;
 	bool		sent;
 	ListCell   *lc;
 
 	redrive_share_out(platforms);
+	foreach(lc, platforms)
+		if (((Platform *) lfirst(lc))->prefetched != NULL)
+		waiting = lappend(waiting, lfirst(lc));
 	do
 	{
 		sent = false;
-		foreach(lc, platforms)
+		foreach(lc, waiting)
 			((Platform *) lfirst(lc))->owner->had_turn = false;
-		foreach(lc, platforms)
+		foreach(lc, waiting)
 		{
 			Platform   *p = lfirst(lc);
 			Push	   *push;
@@ -204,6 +208,7 @@ send_in_turn(RedriveHttp *http, List *platforms)
 			sent = true;
 		}
 	} while (sent);
+	list_free(waiting);
 }
 
 /*
