@@ -10,7 +10,7 @@ With CERTIFICATE, a file with a certificate and its key, it speaks TLS.
     /drip (a byte at a time, without end)  /reset  /close (in the middle of the answer)  /huge  /headers  /header (one without end)  /crawl (headers, a byte at a time)  /bytes  /redirect
     /echo/N (N bytes, then the header Authorization)  /escaped (the same as JSON, with slashes escaped)  /unicode (... with all characters escaped)  /deep/N (N arrays in each other)  /picky (500 to the task "bad")
     /numbers/N (an array of N)  /poison (no jsonb to the task "bad")  /held/STATUS/NAME (answers when there is a file DIRECTORY/NAME)
-    /stops/NAME (answers when there is none)
+    /stops/STATUS/NAME (answers when there is none)
     /chaos/SEED (while there is a file DIRECTORY/chaos any of these, at random)
 """
 import asyncio, base64, hashlib, hmac, json, os, random, socket, ssl, struct, sys, time, urllib.parse
@@ -61,14 +61,10 @@ async def behave(path, number, headers, body, reader, writer):
     elif word == "delay":
         await asyncio.sleep(float(rest[0]))  # -- slow handler
         await answer(writer, 200)
-    elif word == "held":
-        while not os.path.exists(os.path.join(directory, rest[1])):
+    elif word in ("held", "stops"):
+        while os.path.exists(os.path.join(directory, rest[1])) == (word == "stops"):
             await asyncio.sleep(0.01)  # -- slow handler
         await answer(writer, int(rest[0]))
-    elif word == "stops":
-        while os.path.exists(os.path.join(directory, rest[0])):
-            await asyncio.sleep(0.01)  # -- slow handler
-        await answer(writer, 200)
     elif word == "first":
         await answer(writer, 500 if number <= int(rest[0]) else 200)
     elif word == "deep":
